@@ -1,0 +1,1 @@
+//! The contract: configuration schema, routes, OpenAPI, server, client and `rackctl`. Knows no KVM.
