@@ -1,0 +1,1 @@
+//! Disks: what virtio-blk requests mean, and what stores the bytes.

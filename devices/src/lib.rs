@@ -1,0 +1,106 @@
+//! What the guest sees, and what stands behind it.
+//!
+//! This crate knows neither KVM nor HTTP, so that every device can be tested on any machine. It meets the rest of the
+//! VMM at few seams: [`bus::BusDevice`] (register accesses), [`virtio::VirtioDevice`] (rings), [`interrupt`] (who injects
+//! interrupts), [`IoEvents`] (who turns a guest write into an eventfd), [`ThreadSpawner`] (who starts worker threads under
+//! their filter), [`DeviceNotifier`] (who is told of what happens) and [`metrics`].
+//!
+//! Invariant: nothing that a guest does may panic, hang, leak or grow the process, or make a thread spin.
+
+pub mod acpi;
+pub mod block;
+pub mod bus;
+pub mod chipset;
+pub mod console;
+pub mod interrupt;
+pub mod metrics;
+pub mod net;
+pub mod pci;
+pub mod virtio;
+
+use std::io;
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// Guest RAM as every device sees it. A snapshot of the map is taken per batch (`memory.memory()`), so that RAM can be
+/// added while devices run.
+pub type GuestMemory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap>;
+
+/// Turns a guest write at an address into an eventfd signal without a trip through the VMM (KVM's ioeventfd).
+pub trait IoEvents: Send + Sync {
+    /// Signals `event` for each guest write of any width and value at guest-physical `address`.
+    ///
+    /// # Errors
+    /// What the kernel answered: `EEXIST` where the address is taken, `ENOSPC` where KVM has no place left.
+    fn register(&self, address: u64, event: &EventFd) -> io::Result<()>;
+
+    /// Undoes [`IoEvents::register`] with the same arguments.
+    ///
+    /// # Errors
+    /// `ENOENT` if there is no such registration.
+    fn unregister(&self, address: u64, event: &EventFd) -> io::Result<()>;
+}
+
+/// Starts the threads of this VM. The owner names them, puts them under their system-call filter and joins them at the end.
+pub trait ThreadSpawner: Send + Sync {
+    /// Starts a thread called `name` (at most 15 bytes are shown by the kernel) that runs `body`.
+    ///
+    /// # Errors
+    /// What the kernel answered when it refused another thread.
+    fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>;
+}
+
+/// Starts plain threads, for tests and for embedders without filters.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct PlainThreads;
+
+impl ThreadSpawner for PlainThreads {
+    fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
+        std::thread::Builder::new().name(name.to_owned()).spawn(body)
+    }
+}
+
+/// What a device tells its VM. Never a way to wait: whoever implements [`DeviceNotifier`] only queues it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceEvent {
+    /// A `stop` that answered "still busy" has drained: asking again will succeed.
+    Drained,
+    /// An I/O error that was reported to the guest.
+    IoError {
+        /// What was being done, for the operator: `"read of 8 sectors at 2048"`.
+        operation: String,
+        /// The host's errno.
+        errno: i32,
+    },
+    /// The device's capacity changed, to this many bytes.
+    Resized {
+        /// The new capacity in bytes.
+        bytes: u64,
+    },
+    /// The driver broke the rules of the ring; the device waits for a reset (virtio 1.2 §2.1.1 DEVICE_NEEDS_RESET).
+    NeedsReset {
+        /// What was wrong, for the operator.
+        reason: String,
+    },
+    /// The host side of the device (tap, LUN) failed and the device works on without it.
+    BackendLost {
+        /// What failed, for the operator.
+        reason: String,
+    },
+}
+
+/// Where devices send what they have to tell. Called from any thread; must neither block nor fail.
+pub trait DeviceNotifier: Send + Sync {
+    /// Queues `event` of the device with identifier `device`.
+    fn notify(&self, device: &str, event: DeviceEvent);
+}
+
+/// Forgets all that it is told, for tests.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct NoNotifier;
+
+impl DeviceNotifier for NoNotifier {
+    fn notify(&self, _device: &str, _event: DeviceEvent) {}
+}

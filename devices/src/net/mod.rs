@@ -1,0 +1,1 @@
+//! Network cards: virtio-net, and the taps behind it.
