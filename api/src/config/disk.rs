@@ -1,0 +1,167 @@
+//! Disks (virtio-blk).
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::check::{check_id, check_path, check_queue_size, check_queues, check_slot};
+use super::patch::{Patch, apply, set};
+use super::{default_queue_size, one_queue};
+use crate::problem::{Pointer, Problem};
+
+/// A virtio-blk disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The name of the device, unique in the VM: 1 to 32 letters, digits, `_` and `-`.
+    #[schema(pattern = "^[A-Za-z0-9_-]{1,32}$")]
+    pub id: String,
+    /// The block device or raw image that holds the data.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Let the guest read only.
+    #[serde(default)]
+    #[schema(default = false)]
+    pub read_only: bool,
+    /// How many request queues; each has its own worker thread.
+    #[serde(default = "one_queue")]
+    #[schema(minimum = 1, maximum = 32, default = 1)]
+    pub queues: u16,
+    /// Entries of each queue: a power of two, 16 to 1024.
+    #[serde(default = "default_queue_size")]
+    #[schema(minimum = 16, maximum = 1024, default = 256)]
+    pub queue_size: u16,
+    /// Bypass the host's page cache (O_DIRECT). Default: yes for block devices, no for files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct: Option<bool>,
+    /// The serial number that the guest sees: at most 20 bytes of printable ASCII. Default: the id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 20)]
+    pub serial: Option<String>,
+    /// The PCI slot on bus 0. Default: the first free one, in configuration order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 30)]
+    pub slot: Option<u8>,
+    /// When a write counts as done.
+    #[serde(default)]
+    pub cache: CacheMode,
+}
+
+/// When a write to a disk counts as done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheMode {
+    /// When the host has it; a flush makes it durable. The guest is told of the cache.
+    #[default]
+    Writeback,
+    /// When it is durable. The guest needs no flush.
+    Writethrough,
+}
+
+impl DiskConfig {
+    /// A disk with the defaults for everything else.
+    pub fn new(id: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+        Self {
+            id: id.into(),
+            path: path.into(),
+            read_only: false,
+            queues: one_queue(),
+            queue_size: default_queue_size(),
+            direct: None,
+            serial: None,
+            slot: None,
+            cache: CacheMode::default(),
+        }
+    }
+
+    /// Checks what can be told from the disk alone; `at` is where it stands in the document.
+    ///
+    /// # Errors
+    /// The first field that breaks its rule.
+    pub fn check(&self, at: &Pointer) -> Result<(), Problem> {
+        check_id(&self.id, &at.key("id"))?;
+        check_path(&self.path, &at.key("path"))?;
+        check_queues(self.queues, 32, &at.key("queues"))?;
+        check_queue_size(self.queue_size, &at.key("queue_size"))?;
+        check_slot(self.slot, &at.key("slot"))?;
+        match &self.serial {
+            Some(serial)
+                if serial.len() > 20 || !serial.bytes().all(|b| (0x20..0x7f).contains(&b)) =>
+            {
+                Err(Problem::invalid(
+                    &at.key("serial"),
+                    "this serial number is not possible",
+                    "use at most 20 bytes of printable ASCII",
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Changes to a disk, as a JSON merge patch (RFC 7396): a field that is absent stays, `null` goes back to its default.
+///
+/// While the guest exists only the empty patch is legal, which reads the size of the disk again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiskPatch {
+    /// See [`DiskConfig::path`]; cannot be null.
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<String>)]
+    pub path: Patch<PathBuf>,
+    /// See [`DiskConfig::read_only`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<bool>)]
+    pub read_only: Patch<bool>,
+    /// See [`DiskConfig::queues`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u16>)]
+    pub queues: Patch<u16>,
+    /// See [`DiskConfig::queue_size`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u16>)]
+    pub queue_size: Patch<u16>,
+    /// See [`DiskConfig::direct`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<bool>)]
+    pub direct: Patch<bool>,
+    /// See [`DiskConfig::serial`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<String>)]
+    pub serial: Patch<String>,
+    /// See [`DiskConfig::slot`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u8>)]
+    pub slot: Patch<u8>,
+    /// See [`DiskConfig::cache`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<CacheMode>)]
+    pub cache: Patch<CacheMode>,
+}
+
+impl DiskPatch {
+    /// Whether it changes no field: while the guest exists, "read the size again".
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The disk after the patch. Not yet checked against the rest of the VM: see [`super::VmConfig::with_disk`].
+    ///
+    /// # Errors
+    /// A required field is null.
+    pub fn apply(&self, disk: &DiskConfig) -> Result<DiskConfig, Problem> {
+        let fresh = DiskConfig::new("", "");
+        Ok(DiskConfig {
+            id: disk.id.clone(),
+            path: self.path.required(&disk.path, "path")?,
+            read_only: set(self.read_only, disk.read_only, fresh.read_only),
+            queues: set(self.queues, disk.queues, fresh.queues),
+            queue_size: set(self.queue_size, disk.queue_size, fresh.queue_size),
+            direct: apply(&self.direct, &disk.direct),
+            serial: apply(&self.serial, &disk.serial),
+            slot: apply(&self.slot, &disk.slot),
+            cache: set(self.cache, disk.cache, fresh.cache),
+        })
+    }
+}

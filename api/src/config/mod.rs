@@ -1,0 +1,319 @@
+//! The configuration of a VM: one schema for the API, the configuration file and the library.
+//!
+//! Reading is strict: unknown, missing and repeated fields, wrong types and values outside their range are refused
+//! with a [`Problem`] that points at the field. What needs a look at the host (does the file exist, is the tap free)
+//! is not checked here but when the VM boots.
+
+mod boot;
+mod check;
+mod cpus;
+mod disk;
+mod mac;
+mod memory;
+mod nic;
+mod parse;
+mod patch;
+mod serial;
+mod slots;
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+pub use boot::{BootConfig, MAX_CMDLINE};
+pub use cpus::{CpusConfig, MAX_CPUS, Topology};
+pub use disk::{CacheMode, DiskConfig, DiskPatch};
+pub use mac::{BadMac, MacAddr};
+pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
+pub use nic::{Link, NicConfig, NicPatch};
+pub use parse::json;
+pub use patch::Patch;
+pub use serial::{SerialConfig, SerialMode};
+pub use slots::{RNG_ID, slot_assignment};
+
+use crate::problem::{Code, Pointer, Problem};
+use crate::size::ByteSize;
+
+/// The configuration of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The name of the VM: 1 to 64 letters, digits, `.`, `_` and `-`.
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
+    pub name: String,
+    /// The virtual processors. Default: one.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// The memory.
+    pub memory: MemoryConfig,
+    /// What the guest starts from. Needed at present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootConfig>,
+    /// The disks, in the order in which the guest finds them.
+    #[serde(default)]
+    #[schema(max_items = 30)]
+    pub disks: Vec<DiskConfig>,
+    /// The network interfaces, in the order in which the guest finds them.
+    #[serde(default)]
+    #[schema(max_items = 30)]
+    pub nics: Vec<NicConfig>,
+    /// Whether the guest has a source of entropy (virtio-rng).
+    #[serde(default = "yes")]
+    #[schema(default = true)]
+    pub rng: bool,
+    /// The serial console. Default: off.
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// The SMBIOS system UUID that the guest sees. Default: derived from nothing, the guest sees none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<Uuid>,
+    /// What a reboot by the guest does.
+    #[serde(default)]
+    pub on_reboot: OnReboot,
+}
+
+/// What a reboot by the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReboot {
+    /// The guest starts again, in the same process.
+    #[default]
+    Restart,
+    /// The VM stops.
+    Stop,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn one_queue() -> u16 {
+    1
+}
+
+fn default_queue_size() -> u16 {
+    256
+}
+
+impl VmConfig {
+    /// A VM with one vCPU, an entropy device and nothing to boot from yet.
+    pub fn new(name: impl Into<String>, memory: ByteSize) -> Self {
+        Self {
+            name: name.into(),
+            cpus: CpusConfig::default(),
+            memory: MemoryConfig::new(memory),
+            boot: None,
+            disks: Vec::new(),
+            nics: Vec::new(),
+            rng: true,
+            serial: SerialConfig::default(),
+            uuid: None,
+            on_reboot: OnReboot::default(),
+        }
+    }
+
+    /// Checks every rule that needs no look at the host.
+    ///
+    /// # Errors
+    /// The first rule that is broken, with the JSON pointer of the field.
+    pub fn validate(&self) -> Result<(), Problem> {
+        let root = Pointer::root();
+        let name_fits = (1..=64).contains(&self.name.len())
+            && self
+                .name
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+        if !name_fits {
+            return Err(Problem::invalid(
+                &root.key("name"),
+                "this name is not possible",
+                "use 1 to 64 letters, digits, '.', '_' and '-'",
+            ));
+        }
+        self.cpus.check(&root.key("cpus"))?;
+        self.memory.check(&root.key("memory"))?;
+        match &self.boot {
+            Some(boot) => boot.check(&root.key("boot"))?,
+            None => {
+                return Err(Problem::new(
+                    Code::BootSourceMissing,
+                    "the configuration names nothing to boot from",
+                    "give boot.kernel",
+                )
+                .at(&root.key("boot")));
+            }
+        }
+        for (i, disk) in self.disks.iter().enumerate() {
+            disk.check(&root.key("disks").index(i))?;
+        }
+        for (i, nic) in self.nics.iter().enumerate() {
+            nic.check(&root.key("nics").index(i))?;
+        }
+        self.serial.check(&root.key("serial"))?;
+        self.check_unique()?;
+        slot_assignment(self).map(drop)
+    }
+
+    fn check_unique(&self) -> Result<(), Problem> {
+        let root = Pointer::root();
+        let disks = self
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(i, disk)| (disk.id.as_str(), root.key("disks").index(i).key("id")));
+        let nics = self
+            .nics
+            .iter()
+            .enumerate()
+            .map(|(i, nic)| (nic.id.as_str(), root.key("nics").index(i).key("id")));
+        unique(
+            self.rng
+                .then(|| (RNG_ID, root.key("rng")))
+                .into_iter()
+                .chain(disks)
+                .chain(nics),
+            "device id",
+        )?;
+        unique(
+            self.nics
+                .iter()
+                .enumerate()
+                .map(|(i, nic)| (nic.mac, root.key("nics").index(i).key("mac"))),
+            "MAC address",
+        )?;
+        unique(
+            self.nics
+                .iter()
+                .enumerate()
+                .map(|(i, nic)| (&nic.tap, root.key("nics").index(i).key("tap"))),
+            "tap",
+        )?;
+        self.check_disk_paths()
+    }
+
+    /// One image behind two disks is harmless only if nobody writes it.
+    fn check_disk_paths(&self) -> Result<(), Problem> {
+        let mut seen: HashMap<_, (&DiskConfig, bool)> = HashMap::new();
+        for (i, disk) in self.disks.iter().enumerate() {
+            let writable = !disk.read_only;
+            match seen.get(&disk.path) {
+                Some((other, other_writable)) if writable || *other_writable => {
+                    return Err(Problem::new(
+                        Code::Duplicate,
+                        format!("disks \"{}\" and \"{}\" have the same path, and not both are read-only", other.id, disk.id),
+                        "give each disk its own path, or make both read-only",
+                    )
+                    .at(&Pointer::root().key("disks").index(i).key("path")));
+                }
+                _ => seen.insert(&disk.path, (disk, writable)),
+            };
+        }
+        Ok(())
+    }
+
+    /// The disk with this id.
+    pub fn disk(&self, id: &str) -> Option<&DiskConfig> {
+        self.disks.iter().find(|disk| disk.id == id)
+    }
+
+    /// The NIC with this id.
+    pub fn nic(&self, id: &str) -> Option<&NicConfig> {
+        self.nics.iter().find(|nic| nic.id == id)
+    }
+
+    /// This configuration with the disk added, or put in the place of the one with its id; and whether it is new.
+    ///
+    /// # Errors
+    /// The result would not be valid.
+    pub fn with_disk(&self, disk: DiskConfig) -> Result<(Self, bool), Problem> {
+        let mut next = self.clone();
+        let (index, new) = put(&mut next.disks, disk, |disk| &disk.id);
+        next.validate()
+            .map_err(|problem| relative(problem, &Pointer::root().key("disks").index(index)))?;
+        Ok((next, new))
+    }
+
+    /// This configuration with the NIC added, or put in the place of the one with its id; and whether it is new.
+    ///
+    /// # Errors
+    /// The result would not be valid.
+    pub fn with_nic(&self, nic: NicConfig) -> Result<(Self, bool), Problem> {
+        let mut next = self.clone();
+        let (index, new) = put(&mut next.nics, nic, |nic| &nic.id);
+        next.validate()
+            .map_err(|problem| relative(problem, &Pointer::root().key("nics").index(index)))?;
+        Ok((next, new))
+    }
+
+    /// This configuration without the disk.
+    ///
+    /// # Errors
+    /// `no-such-disk`.
+    pub fn without_disk(&self, id: &str) -> Result<Self, Problem> {
+        self.disk(id).ok_or_else(|| Problem::no_such_disk(id))?;
+        let mut next = self.clone();
+        next.disks.retain(|disk| disk.id != id);
+        Ok(next)
+    }
+
+    /// This configuration without the NIC.
+    ///
+    /// # Errors
+    /// `no-such-nic`.
+    pub fn without_nic(&self, id: &str) -> Result<Self, Problem> {
+        self.nic(id).ok_or_else(|| Problem::no_such_nic(id))?;
+        let mut next = self.clone();
+        next.nics.retain(|nic| nic.id != id);
+        Ok(next)
+    }
+}
+
+/// Puts an item in the place of the one with its id, or at the end; says where, and whether it is new.
+fn put<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) -> (usize, bool) {
+    match items
+        .iter_mut()
+        .enumerate()
+        .find(|(_, old)| id(old) == id(&item))
+    {
+        Some((index, old)) => {
+            *old = item;
+            (index, false)
+        }
+        None => {
+            items.push(item);
+            (items.len() - 1, true)
+        }
+    }
+}
+
+/// The problem as it looks from the document of one device; what concerns another device points at the whole of it.
+fn relative(mut problem: Problem, base: &Pointer) -> Problem {
+    problem.pointer = problem.pointer.map(|at| {
+        at.strip_prefix(&base.to_string())
+            .unwrap_or_default()
+            .to_owned()
+    });
+    problem
+}
+
+fn unique<K: Eq + std::hash::Hash>(
+    items: impl Iterator<Item = (K, Pointer)>,
+    what: &str,
+) -> Result<(), Problem> {
+    let mut seen: HashMap<K, Pointer> = HashMap::new();
+    for (key, at) in items {
+        if let Some(first) = seen.get(&key) {
+            let detail = format!("this {what} is already used at {first}");
+            return Err(Problem::new(
+                Code::Duplicate,
+                detail,
+                format!("give every device its own {what}"),
+            )
+            .at(&at));
+        }
+        seen.insert(key, at);
+    }
+    Ok(())
+}

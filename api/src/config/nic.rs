@@ -1,0 +1,176 @@
+//! Network interfaces (virtio-net).
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::check::{check_id, check_queue_size, check_queues, check_slot};
+use super::mac::MacAddr;
+use super::patch::{Patch, apply, set};
+use super::{default_queue_size, one_queue};
+use crate::problem::{Pointer, Problem};
+
+/// A virtio-net interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// The name of the device, unique in the VM: 1 to 32 letters, digits, `_` and `-`.
+    #[schema(pattern = "^[A-Za-z0-9_-]{1,32}$")]
+    pub id: String,
+    /// The tap interface of the host that it is plugged into.
+    #[schema(min_length = 1, max_length = 15)]
+    pub tap: String,
+    /// Its Ethernet address, unique in the VM.
+    pub mac: MacAddr,
+    /// How many pairs of a receive and a transmit queue; each pair has its own worker thread.
+    #[serde(default = "one_queue")]
+    #[schema(minimum = 1, maximum = 16, default = 1)]
+    pub queues: u16,
+    /// Entries of each queue: a power of two, 16 to 1024.
+    #[serde(default = "default_queue_size")]
+    #[schema(minimum = 16, maximum = 1024, default = 256)]
+    pub queue_size: u16,
+    /// The MTU that the guest is told, 68 to 65535 bytes. Default: it is told none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 68, maximum = 65535)]
+    pub mtu: Option<u16>,
+    /// Whether the cable is plugged in.
+    #[serde(default)]
+    pub link: Link,
+    /// The PCI slot on bus 0. Default: the first free one, in configuration order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 30)]
+    pub slot: Option<u8>,
+}
+
+/// The state of a virtual cable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Link {
+    /// Plugged in.
+    #[default]
+    Up,
+    /// Unplugged: frames are dropped in both directions.
+    Down,
+}
+
+impl NicConfig {
+    /// A NIC with the defaults for everything else.
+    pub fn new(id: impl Into<String>, tap: impl Into<String>, mac: MacAddr) -> Self {
+        Self {
+            id: id.into(),
+            tap: tap.into(),
+            mac,
+            queues: one_queue(),
+            queue_size: default_queue_size(),
+            mtu: None,
+            link: Link::default(),
+            slot: None,
+        }
+    }
+
+    /// Checks what can be told from the NIC alone; `at` is where it stands in the document.
+    ///
+    /// # Errors
+    /// The first field that breaks its rule.
+    pub fn check(&self, at: &Pointer) -> Result<(), Problem> {
+        check_id(&self.id, &at.key("id"))?;
+        check_queues(self.queues, 16, &at.key("queues"))?;
+        check_queue_size(self.queue_size, &at.key("queue_size"))?;
+        check_slot(self.slot, &at.key("slot"))?;
+        if self.mtu.is_some_and(|mtu| mtu < 68) {
+            return Err(Problem::invalid(
+                &at.key("mtu"),
+                "an MTU below 68 bytes is not possible",
+                "choose 68 to 65535, or leave it out",
+            ));
+        }
+        let tap = self.tap.as_bytes();
+        let fits = (1..=15).contains(&tap.len())
+            && tap != b"."
+            && tap != b".."
+            && tap
+                .iter()
+                .all(|b| b.is_ascii_graphic() && *b != b'/' && *b != b':' && *b != b'%');
+        if !fits {
+            return Err(Problem::invalid(
+                &at.key("tap"),
+                "this is no name of a host interface",
+                "use 1 to 15 printable characters without '/', ':' and '%'",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Changes to a NIC, as a JSON merge patch (RFC 7396): a field that is absent stays, `null` goes back to its default.
+///
+/// While the guest exists only `link` may change.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct NicPatch {
+    /// See [`NicConfig::tap`]; cannot be null.
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<String>)]
+    pub tap: Patch<String>,
+    /// See [`NicConfig::mac`]; cannot be null.
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<MacAddr>)]
+    pub mac: Patch<MacAddr>,
+    /// See [`NicConfig::queues`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u16>)]
+    pub queues: Patch<u16>,
+    /// See [`NicConfig::queue_size`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u16>)]
+    pub queue_size: Patch<u16>,
+    /// See [`NicConfig::mtu`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u16>)]
+    pub mtu: Patch<u16>,
+    /// See [`NicConfig::link`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<Link>)]
+    pub link: Patch<Link>,
+    /// See [`NicConfig::slot`].
+    #[serde(skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u8>)]
+    pub slot: Patch<u8>,
+}
+
+impl NicPatch {
+    /// A patch that plugs or unplugs the cable.
+    pub fn link(link: Link) -> Self {
+        Self {
+            link: Patch::Set(link),
+            ..Self::default()
+        }
+    }
+
+    /// Whether it changes nothing but the link: legal while the guest exists.
+    pub fn only_link(&self) -> bool {
+        *self
+            == Self {
+                link: self.link,
+                ..Self::default()
+            }
+    }
+
+    /// The NIC after the patch. Not yet checked against the rest of the VM: see [`super::VmConfig::with_nic`].
+    ///
+    /// # Errors
+    /// A required field is null.
+    pub fn apply(&self, nic: &NicConfig) -> Result<NicConfig, Problem> {
+        let fresh = NicConfig::new("", "", nic.mac);
+        Ok(NicConfig {
+            id: nic.id.clone(),
+            tap: self.tap.required(&nic.tap, "tap")?,
+            mac: self.mac.required(&nic.mac, "mac")?,
+            queues: set(self.queues, nic.queues, fresh.queues),
+            queue_size: set(self.queue_size, nic.queue_size, fresh.queue_size),
+            mtu: apply(&self.mtu, &nic.mtu),
+            link: set(self.link, nic.link, fresh.link),
+            slot: apply(&self.slot, &nic.slot),
+        })
+    }
+}

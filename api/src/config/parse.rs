@@ -1,0 +1,146 @@
+//! Reading documents strictly, with the place of the mistake.
+
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
+
+use super::VmConfig;
+use crate::problem::{Code, Pointer, Problem};
+
+/// The most bytes of a configuration file.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Reads one JSON document into `T`, the whole of it.
+///
+/// # Errors
+/// `malformed-body` (400) if it is not JSON; `invalid-content` (422), with the pointer of the field, if it is JSON of
+/// another shape.
+pub fn json<T: DeserializeOwned>(document: &[u8]) -> Result<T, Problem> {
+    let mut deserializer = serde_json::Deserializer::from_slice(document);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let at = Pointer::from(error.path());
+        json_problem(&error.into_inner(), Some(&at))
+    })?;
+    deserializer
+        .end()
+        .map_err(|error| json_problem(&error, None))?;
+    Ok(value)
+}
+
+fn json_problem(error: &serde_json::Error, at: Option<&Pointer>) -> Problem {
+    match (error.classify(), at) {
+        (Category::Data, Some(at)) => content_problem(error, at),
+        (Category::Eof, _) => Problem::new(
+            Code::MalformedBody,
+            format!("the document ends too early: {error}"),
+            "send one complete JSON document",
+        ),
+        _ => Problem::new(
+            Code::MalformedBody,
+            format!("the document is not JSON: {error}"),
+            "send one JSON document in UTF-8",
+        ),
+    }
+}
+
+fn content_problem(error: &dyn std::fmt::Display, at: &Pointer) -> Problem {
+    let mut detail = error.to_string();
+    if detail.len() > 512 {
+        // The message quotes what the client sent, which may be long.
+        let end = (0..=512)
+            .rev()
+            .find(|end| detail.is_char_boundary(*end))
+            .unwrap_or(0);
+        detail.truncate(end);
+        detail.push('…');
+    }
+    Problem::new(
+        Code::InvalidContent,
+        detail,
+        "GET /v1/openapi.json has the schema",
+    )
+    .at(at)
+}
+
+impl VmConfig {
+    /// Reads and validates a configuration in JSON.
+    ///
+    /// # Errors
+    /// `malformed-body`, `invalid-content`, or what [`VmConfig::validate`] finds.
+    pub fn from_json(document: &[u8]) -> Result<Self, Problem> {
+        let config: Self = json(document)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Reads and validates a configuration in TOML.
+    ///
+    /// # Errors
+    /// `malformed-body`, `invalid-content`, or what [`VmConfig::validate`] finds.
+    pub fn from_toml(document: &str) -> Result<Self, Problem> {
+        let deserializer = toml::Deserializer::parse(document).map_err(|error| {
+            Problem::new(
+                Code::MalformedBody,
+                format!("the document is not TOML: {error}"),
+                "correct the syntax",
+            )
+        })?;
+        let config: Self = serde_path_to_error::deserialize(deserializer).map_err(|error| {
+            let at = Pointer::from(error.path());
+            content_problem(&error.into_inner().message(), &at)
+        })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Reads and validates a configuration file: TOML if its name ends in `.toml`, else JSON.
+    ///
+    /// # Errors
+    /// `unusable` if the file cannot be read or has more than 1 MiB; else as [`VmConfig::from_json`]. The detail
+    /// names the file.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, Problem> {
+        let path = path.as_ref();
+        let bytes = read_bounded(path).map_err(|error| {
+            Problem::new(
+                Code::Unusable,
+                format!("cannot read configuration file {}: {error}", path.display()),
+                "check the path and its permissions",
+            )
+        })?;
+        let config = if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
+            match std::str::from_utf8(&bytes) {
+                Ok(text) => Self::from_toml(text),
+                Err(error) => Err(Problem::new(
+                    Code::MalformedBody,
+                    error.to_string(),
+                    "save the file as UTF-8",
+                )),
+            }
+        } else {
+            Self::from_json(&bytes)
+        };
+        config.map_err(|mut problem| {
+            problem.detail = format!("{}: {}", path.display(), problem.detail);
+            problem
+        })
+    }
+}
+
+fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?
+        .take(MAX_FILE + 1)
+        .read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::FileTooLarge,
+            "more than 1 MiB is no configuration",
+        ));
+    }
+    Ok(bytes)
+}
