@@ -7,6 +7,7 @@
 #[cfg(any(test, feature = "test-double"))]
 pub mod double;
 pub mod pci;
+pub mod ring;
 pub mod rng;
 
 use std::sync::Arc;

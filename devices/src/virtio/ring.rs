@@ -1,0 +1,531 @@
+//! The device's side of a split ring (virtio 1.2 §2.7), strict with the driver and quick with batches.
+//!
+//! `virtio_queue::Queue` holds registers and positions; this adds what a device needs that trusts nobody: every way in
+//! which a chain can break the rules is an error instead of a chain that ends early, used elements are published once per
+//! batch, and both kinds of interrupt suppression (§2.7.7, §2.7.10) are honoured.
+
+use std::sync::atomic::{Ordering, fence};
+
+use thiserror::Error;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+const DESCRIPTOR_SIZE: u64 = 16;
+const USED_F_NO_NOTIFY: u16 = 1;
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// How the driver broke the rules of the ring. The device asks for a reset then (§2.1.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RingError {
+    /// The rings do not lie in guest RAM, or the queue is not ready.
+    #[error("the rings do not lie in guest RAM")]
+    RingUnmapped,
+    /// More heads are available than the ring has descriptors (§2.7.13.3).
+    #[error("available index {index} is more than {size} ahead of {next}")]
+    AvailableIndex {
+        /// What the driver wrote.
+        index: u16,
+        /// The next entry that the device would take.
+        next: u16,
+        /// Descriptors in the ring.
+        size: u16,
+    },
+    /// A head or a next field points past its table.
+    #[error("descriptor {index} is past the end of a table of {size}")]
+    DescriptorIndex {
+        /// The bad index.
+        index: u16,
+        /// Descriptors in the table.
+        size: u16,
+    },
+    /// The chain has more descriptors than is legal: it has a cycle, or is too long (§2.7.5.3.1).
+    #[error("the chain at head {head} has a cycle or more than {limit} descriptors")]
+    TooLong {
+        /// First descriptor of the chain.
+        head: u16,
+        /// The most that is legal.
+        limit: u16,
+    },
+    /// An indirect descriptor where none is allowed, or with a table that is none (§2.7.5.3.1).
+    #[error("the chain at head {head} has a bad indirect descriptor: {why}")]
+    Indirect {
+        /// First descriptor of the chain.
+        head: u16,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// A device-readable descriptor after a device-writable one (§2.7.4.2).
+    #[error("the chain at head {head} has a readable descriptor after a writable one")]
+    Order {
+        /// First descriptor of the chain.
+        head: u16,
+    },
+    /// The chain holds 4 GiB or more (§2.7.5.2).
+    #[error("the chain at head {head} holds 4 GiB or more")]
+    TooLarge {
+        /// First descriptor of the chain.
+        head: u16,
+    },
+    /// A table or a buffer is not in guest RAM.
+    #[error("the chain at head {head} points to {address:#x}, which is not guest RAM")]
+    Unmapped {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// More chains are outstanding than the ring has descriptors: a head was made available again before it was used.
+    #[error("more than {size} chains are outstanding at once")]
+    TooMany {
+        /// Descriptors in the ring.
+        size: u16,
+    },
+}
+
+/// A piece of a chain: `length` (never 0) bytes at a guest-physical address, not yet known to be RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Bytes.
+    pub length: u32,
+}
+
+/// A chain in pieces: those that the device reads, then those that it writes. Reused from chain to chain.
+#[derive(Debug, Default)]
+pub struct Chain {
+    segments: Vec<Segment>,
+    readable: usize,
+}
+
+impl Chain {
+    /// Room for chains of `segments` pieces without further allocation.
+    #[must_use]
+    pub fn with_capacity(segments: usize) -> Self {
+        Self { segments: Vec::with_capacity(segments), readable: 0 }
+    }
+
+    /// What the device reads.
+    #[must_use]
+    pub fn readable(&self) -> &[Segment] {
+        self.segments.get(..self.readable).unwrap_or_default()
+    }
+
+    /// What the device writes.
+    #[must_use]
+    pub fn writable(&self) -> &[Segment] {
+        self.segments.get(self.readable..).unwrap_or_default()
+    }
+}
+
+/// A split ring that a device works on.
+#[derive(Debug)]
+pub struct Ring {
+    queue: Queue,
+    size: u16,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    event_idx: bool,
+    /// Whether INDIRECT_DESC was negotiated.
+    indirect: bool,
+    next_available: u16,
+    /// The available index as it was read last.
+    available_index: u16,
+    next_used: u16,
+    /// `next_used` as the driver last saw it.
+    published: u16,
+    kicks_wanted: bool,
+}
+
+type Result<T> = std::result::Result<T, RingError>;
+
+impl Ring {
+    /// Works on `queue` from where it stopped. `indirect`: whether the driver negotiated INDIRECT_DESC.
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the queue is not ready or its rings are not all in RAM.
+    pub fn new(queue: Queue, indirect: bool, memory: &GuestMemoryMmap) -> Result<Self> {
+        if !queue.is_valid(memory) {
+            return Err(RingError::RingUnmapped);
+        }
+        let (next_available, next_used) = (queue.next_avail(), queue.next_used());
+        Ok(Self {
+            size: queue.size(),
+            descriptors: queue.desc_table(),
+            available: queue.avail_ring(),
+            used: queue.used_ring(),
+            event_idx: queue.event_idx_enabled(),
+            indirect,
+            next_available,
+            available_index: next_available,
+            next_used,
+            published: next_used,
+            kicks_wanted: true,
+            queue,
+        })
+    }
+
+    /// Number of descriptors.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The most descriptors of a chain. Longer indirect tables than the ring are tolerated up to 256, as drivers make them.
+    #[must_use]
+    pub fn chain_limit(&self) -> u16 {
+        self.size.max(256)
+    }
+
+    /// Registers and positions, as they are saved.
+    #[must_use]
+    pub fn state(&self) -> QueueState {
+        QueueState { next_avail: self.next_available, next_used: self.next_used, ..self.queue.state() }
+    }
+
+    /// Takes the head of the next available chain.
+    ///
+    /// # Errors
+    /// [`RingError`] if the driver made too many available or the head is no descriptor of this ring.
+    pub fn next_head(&mut self, memory: &GuestMemoryMmap) -> Result<Option<u16>> {
+        if self.next_available == self.available_index {
+            self.read_available_index(memory)?;
+            if self.next_available == self.available_index {
+                return Ok(None);
+            }
+        }
+        let slot = u64::from(self.next_available % self.size);
+        let head = self.load(memory, self.available + 4 + 2 * slot, Ordering::Relaxed)?;
+        if head >= self.size {
+            return Err(RingError::DescriptorIndex { index: head, size: self.size });
+        }
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    fn read_available_index(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
+        // Pairs with the driver's barrier: descriptors and entries are written before the index.
+        let index = self.load(memory, self.available + 2, Ordering::Acquire)?;
+        if index.wrapping_sub(self.next_available) > self.size {
+            return Err(RingError::AvailableIndex { index, next: self.next_available, size: self.size });
+        }
+        self.available_index = index;
+        Ok(())
+    }
+
+    /// Walks the chain at `head` into `chain`. Descriptors of length 0 count but give no segment.
+    ///
+    /// # Errors
+    /// [`RingError`] for every way in which the chain breaks the rules; the walk always ends.
+    pub fn walk(&self, memory: &GuestMemoryMmap, head: u16, chain: &mut Chain) -> Result<()> {
+        chain.segments.clear();
+        chain.readable = 0;
+        let mut walk = Walk { head, left: self.chain_limit(), total: 0, writing: false };
+        let limit = self.chain_limit();
+        let (mut table, mut entries, mut index, mut nested) = (self.descriptors, self.size, head, false);
+        loop {
+            let descriptor = read_descriptor(memory, head, table, index)?;
+            if descriptor.refers_to_indirect_table() {
+                (table, entries) = self.indirect_table(head, descriptor, nested)?;
+                (index, nested) = (0, true);
+                continue;
+            }
+            walk.left = walk.left.checked_sub(1).ok_or(RingError::TooLong { head, limit })?;
+            walk.add(descriptor, chain)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
+            if index >= entries {
+                return Err(RingError::DescriptorIndex { index, size: entries });
+            }
+        }
+    }
+
+    fn indirect_table(&self, head: u16, descriptor: Descriptor, nested: bool) -> Result<(u64, u16)> {
+        let bad = |why| Err(RingError::Indirect { head, why });
+        if !self.indirect {
+            return bad("INDIRECT_DESC was not negotiated");
+        }
+        if nested {
+            return bad("it is in an indirect table itself");
+        }
+        if descriptor.has_next() {
+            return bad("it has a next descriptor");
+        }
+        let entries = descriptor.len() / 16;
+        match u16::try_from(entries) {
+            Ok(entries) if entries > 0 && descriptor.len().is_multiple_of(16) => Ok((descriptor.addr().0, entries)),
+            _ => bad("the length of its table is no multiple of 16, or is 0 or too large"),
+        }
+    }
+
+    /// Writes a used element: the device is done with the chain at `head` and wrote `length` bytes. The driver sees it with
+    /// the next [`Ring::publish`].
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
+    pub fn put_used(&mut self, memory: &GuestMemoryMmap, head: u16, length: u32) -> Result<()> {
+        let slot = u64::from(self.next_used % self.size);
+        let element = u64::from(head) | u64::from(length) << 32;
+        memory
+            .write_slice(&element.to_le_bytes(), GuestAddress(self.used + 4 + 8 * slot))
+            .map_err(|_| RingError::RingUnmapped)?;
+        self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Makes the used elements visible that were put since the last call; tells whether the driver wants an interrupt.
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
+    pub fn publish(&mut self, memory: &GuestMemoryMmap) -> Result<bool> {
+        let (old, new) = (self.published, self.next_used);
+        if old == new {
+            return Ok(false);
+        }
+        self.store(memory, self.used + 2, new, Ordering::Release)?;
+        self.published = new;
+        // The index must be visible before the wish of the driver is read, or both sides wait for each other.
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let event = self.load(memory, self.available + 4 + 2 * u64::from(self.size), Ordering::Relaxed)?;
+            Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+        } else {
+            Ok(self.load(memory, self.available, Ordering::Relaxed)? & AVAIL_F_NO_INTERRUPT == 0)
+        }
+    }
+
+    /// Asks the driver not to kick: the device looks at the ring anyway. A hint, which the driver may miss.
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
+    pub fn disable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
+        // With EVENT_IDX a kick is asked for once: as long as the event is not moved on, there is no other.
+        if self.kicks_wanted && !self.event_idx {
+            self.store(memory, self.used, USED_F_NO_NOTIFY, Ordering::Relaxed)?;
+        }
+        self.kicks_wanted = false;
+        Ok(())
+    }
+
+    /// Asks for a kick with the next chain; tells whether there is one already, for which no kick will come.
+    ///
+    /// # Errors
+    /// [`RingError`] if the available index is bad.
+    pub fn enable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<bool> {
+        if self.event_idx {
+            let event = self.used + 4 + 8 * u64::from(self.size);
+            self.store(memory, event, self.next_available, Ordering::Relaxed)?;
+        } else if !self.kicks_wanted {
+            self.store(memory, self.used, 0, Ordering::Relaxed)?;
+        }
+        self.kicks_wanted = true;
+        fence(Ordering::SeqCst);
+        self.read_available_index(memory)?;
+        Ok(self.available_index != self.next_available)
+    }
+
+    fn load(&self, memory: &GuestMemoryMmap, address: u64, order: Ordering) -> Result<u16> {
+        memory.load(GuestAddress(address), order).map(u16::from_le).map_err(|_| RingError::RingUnmapped)
+    }
+
+    fn store(&self, memory: &GuestMemoryMmap, address: u64, value: u16, order: Ordering) -> Result<()> {
+        memory.store(value.to_le(), GuestAddress(address), order).map_err(|_| RingError::RingUnmapped)
+    }
+}
+
+fn read_descriptor(memory: &GuestMemoryMmap, head: u16, table: u64, index: u16) -> Result<Descriptor> {
+    let unmapped = RingError::Unmapped { head, address: table };
+    let address = table.checked_add(DESCRIPTOR_SIZE * u64::from(index)).ok_or(unmapped)?;
+    memory.read_obj(GuestAddress(address)).map_err(|_| unmapped)
+}
+
+struct Walk {
+    head: u16,
+    left: u16,
+    total: u32,
+    writing: bool,
+}
+
+impl Walk {
+    fn add(&mut self, descriptor: Descriptor, chain: &mut Chain) -> Result<()> {
+        let length = descriptor.len();
+        self.total = self.total.checked_add(length).ok_or(RingError::TooLarge { head: self.head })?;
+        if descriptor.is_write_only() {
+            self.writing = true;
+        } else if self.writing {
+            return Err(RingError::Order { head: self.head });
+        }
+        if length > 0 {
+            chain.segments.push(Segment { address: descriptor.addr().0, length });
+            chain.readable += usize::from(!self.writing);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddressSpace;
+
+    use super::*;
+    use crate::virtio::double::{Buffer, EVENT_IDX, INDIRECT_DESC, TestDriver, UNMAPPED, Used};
+
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
+
+    fn ring(driver: &mut TestDriver, features: u64) -> Ring {
+        let memory = driver.memory();
+        let mut activation = driver.activation(features);
+        Ring::new(activation.queues.remove(0).queue, features & INDIRECT_DESC != 0, &memory.memory()).unwrap()
+    }
+
+    /// Makes head 0 available and walks it.
+    fn walk(driver: &mut TestDriver, ring: &mut Ring) -> Result<Vec<Segment>> {
+        driver.ring(0).push_available(0);
+        driver.ring(0).publish();
+        let memory = driver.memory();
+        let memory = memory.memory();
+        let head = ring.next_head(&memory)?.expect("one head is available");
+        let mut chain = Chain::with_capacity(16);
+        ring.walk(&memory, head, &mut chain).map(|()| chain.segments)
+    }
+
+    #[test]
+    fn a_chain_comes_in_readable_and_writable_pieces_whether_direct_or_indirect() {
+        let mut driver = TestDriver::new(&[8]);
+        let at = driver.allocate(64, 8);
+        let mut ring = ring(&mut driver, INDIRECT_DESC);
+        let buffers = [Buffer::readable(at, 16), Buffer::readable(at, 0), Buffer::writable(at + 16, 48)];
+        let heads = [driver.ring(0).add(&buffers), driver.ring(0).add_indirect(&buffers)];
+        let memory = driver.memory();
+        let memory = memory.memory();
+        let mut chain = Chain::default();
+        for head in heads {
+            assert_eq!(ring.next_head(&memory), Ok(Some(head)));
+            ring.walk(&memory, head, &mut chain).unwrap();
+            assert_eq!(chain.readable(), [Segment { address: at, length: 16 }]);
+            assert_eq!(chain.writable(), [Segment { address: at + 16, length: 48 }]);
+        }
+        assert_eq!(ring.next_head(&memory), Ok(None));
+    }
+
+    #[test]
+    fn a_cycle_ends_in_an_error() {
+        let mut driver = TestDriver::new(&[8]);
+        let mut ring = ring(&mut driver, INDIRECT_DESC);
+        let table = driver.ring(0).addresses().0;
+        driver.ring(0).write_descriptor(table, 0, 0x10_0000, 0, NEXT, 1);
+        driver.ring(0).write_descriptor(table, 1, 0x10_0000, 0, NEXT, 0);
+        assert_eq!(walk(&mut driver, &mut ring), Err(RingError::TooLong { head: 0, limit: 256 }));
+    }
+
+    #[test]
+    fn every_bad_chain_is_an_error_that_says_what_is_wrong() {
+        let mut driver = TestDriver::new(&[8]);
+        let spare = driver.allocate(256, 16);
+        let mut ring = ring(&mut driver, INDIRECT_DESC);
+        let table = driver.ring(0).addresses().0;
+        let indirect = |why| Err(RingError::Indirect { head: 0, why });
+        let length = "the length of its table is no multiple of 16, or is 0 or too large";
+        driver.ring(0).write_descriptor(spare, 0, spare, 16, INDIRECT, 0);
+        driver.ring(0).write_descriptor(spare, 1, spare, 16, NEXT, 2);
+        driver.ring(0).write_descriptor(table, 1, spare, 16, 0, 0);
+        driver.ring(0).write_descriptor(table, 2, spare, u32::MAX, 0, 0);
+        let cases = [
+            ((spare, 16, NEXT, 8), Err(RingError::DescriptorIndex { index: 8, size: 8 })),
+            ((spare, 16, NEXT | WRITE, 1), Err(RingError::Order { head: 0 })),
+            ((spare, 16, NEXT, 2), Err(RingError::TooLarge { head: 0 })),
+            ((spare, 16, INDIRECT | NEXT, 1), indirect("it has a next descriptor")),
+            ((spare, 16, INDIRECT, 0), indirect("it is in an indirect table itself")),
+            ((spare, 24, INDIRECT, 0), indirect(length)),
+            ((spare, 0, INDIRECT, 0), indirect(length)),
+            ((spare, 16 << 16, INDIRECT, 0), indirect(length)),
+            ((spare + 16, 32, INDIRECT, 0), Err(RingError::DescriptorIndex { index: 2, size: 2 })),
+            ((UNMAPPED, 16, INDIRECT, 0), Err(RingError::Unmapped { head: 0, address: UNMAPPED })),
+            ((u64::MAX - 7, 16, INDIRECT, 0), Err(RingError::Unmapped { head: 0, address: u64::MAX - 7 })),
+        ];
+        for ((address, length, flags, next), error) in cases {
+            driver.ring(0).write_descriptor(table, 0, address, length, flags, next);
+            assert_eq!(walk(&mut driver, &mut ring), error);
+        }
+    }
+
+    #[test]
+    fn an_indirect_descriptor_without_the_feature_is_refused() {
+        let mut driver = TestDriver::new(&[8]);
+        let at = driver.allocate(64, 16);
+        let mut ring = ring(&mut driver, 0);
+        let table = driver.ring(0).addresses().0;
+        driver.ring(0).write_descriptor(table, 0, at, 16, INDIRECT, 0);
+        assert!(matches!(walk(&mut driver, &mut ring), Err(RingError::Indirect { .. })));
+    }
+
+    #[test]
+    fn an_available_index_too_far_ahead_and_a_head_out_of_range_are_refused() {
+        let mut driver = TestDriver::new(&[8]);
+        let mut ring = ring(&mut driver, 0);
+        let memory = driver.memory();
+        let memory = memory.memory();
+        driver.ring(0).set_available_index(9);
+        assert_eq!(ring.next_head(&memory), Err(RingError::AvailableIndex { index: 9, next: 0, size: 8 }));
+        assert!(ring.enable_kicks(&memory).is_err());
+        driver.ring(0).push_available(8);
+        driver.ring(0).publish();
+        assert_eq!(ring.next_head(&memory), Err(RingError::DescriptorIndex { index: 8, size: 8 }));
+    }
+
+    #[test]
+    fn a_batch_is_published_at_once_and_interrupts_only_if_the_driver_wants_it() {
+        for features in [0, EVENT_IDX] {
+            let mut driver = TestDriver::new(&[4]);
+            let at = driver.allocate(64, 16);
+            let mut ring = ring(&mut driver, features);
+            let memory = driver.memory();
+            let memory = memory.memory();
+            // Far enough for all indexes to wrap.
+            for round in 0..40_000_u32 {
+                driver.ring(0).want_interrupts(round % 2 == 0);
+                let heads = [0, 1].map(|_| driver.ring(0).add(&[Buffer::writable(at, 8)]));
+                for head in heads {
+                    assert_eq!(ring.next_head(&memory), Ok(Some(head)));
+                    ring.put_used(&memory, head, round).unwrap();
+                }
+                assert_eq!(driver.ring(0).take_used(), None, "nothing is visible before it is published");
+                assert_eq!(ring.publish(&memory), Ok(round % 2 == 0));
+                for head in heads {
+                    assert_eq!(driver.ring(0).take_used(), Some(Used { head, length: round }));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_driver_kicks_only_while_the_device_asks_for_it_and_no_chain_is_missed() {
+        for features in [0, EVENT_IDX] {
+            let mut driver = TestDriver::new(&[4]);
+            let at = driver.allocate(64, 16);
+            let mut ring = ring(&mut driver, features);
+            let memory = driver.memory();
+            let memory = memory.memory();
+            let add = |driver: &mut TestDriver| {
+                driver.ring(0).add(&[Buffer::writable(at, 8)]);
+                driver.ring(0).kick()
+            };
+            assert!(add(&mut driver));
+            ring.disable_kicks(&memory).unwrap();
+            assert!(ring.next_head(&memory).unwrap().is_some());
+            assert!(!add(&mut driver), "the device is awake");
+            assert_eq!(ring.enable_kicks(&memory), Ok(true), "the second chain came without a kick");
+            ring.disable_kicks(&memory).unwrap();
+            assert!(ring.next_head(&memory).unwrap().is_some());
+            assert_eq!(ring.enable_kicks(&memory), Ok(false));
+            assert!(add(&mut driver), "the device sleeps");
+        }
+    }
+}
