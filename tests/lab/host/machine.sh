@@ -41,7 +41,7 @@ start_qemu() {
         -M q35 -accel tcg,thread=multi -cpu EPYC,+svm,+npt,-xsaves -smp "$cpus" -m "$memory"
         -nodefaults -no-user-config -display none -no-reboot
         -kernel "$kernel_image" -initrd "$initrd_image"
-        -append "console=ttyS0 panic=-1 quiet mitigations=off apparmor=0 ${LAB_KERNEL_ARGS:-}"
+        -append "console=ttyS0 panic=-1 quiet mitigations=off apparmor=0 tsc=reliable ${LAB_KERNEL_ARGS:-}"
         -serial "file:$console"
         -virtfs "local,path=/,mount_tag=host,security_model=none,multidevs=remap,readonly=on"
         -virtfs "local,path=$share,mount_tag=lab,security_model=none"
