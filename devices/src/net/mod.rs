@@ -1,1 +1,36 @@
-//! Network cards: virtio-net, and the taps behind it.
+//! Network cards: virtio-net (virtio 1.2 §5.1), and the taps behind it.
+//!
+//! [`device::VirtioNet`] is what the transport sees; it owns one worker thread per queue pair and sends them messages. A
+//! worker (`worker`) waits in epoll for its commands, its rings and its queue of the tap, and runs the two halves of the data
+//! path, `rx` and `tx`; the first one also answers the control queue (`control`). The data path is the only part that knows
+//! how frames travel: another one (vhost-net) takes the place of `rx` and `tx` in a worker, with the same features, control
+//! queue and lifecycle before it.
+
+mod control;
+mod counters;
+pub mod device;
+pub mod features;
+mod lane;
+mod rx;
+mod shared;
+mod sys;
+pub mod tap;
+mod tx;
+mod worker;
+
+use std::io;
+
+pub use device::{NetError, NetHandle, NetOptions, NetState, VirtioNet};
+pub use tap::{Tap, TapError};
+
+/// Ethernet header with two VLAN tags.
+const ETHERNET: usize = 14 + 8;
+/// The largest frame, with its header: 64 KiB of IP packet (virtio 1.2 §5.1.6.3.1) and VLAN tags.
+const MAX_FRAME: usize = tap::HEADER_SIZE + ETHERNET + 65535;
+/// The smallest: the kernel refuses less than an Ethernet header.
+const MIN_FRAME: usize = tap::HEADER_SIZE + 14;
+
+/// Whether a tap that gives this error is down or gone, rather than at odds with one frame.
+fn is_tap_failure(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::ENODEV | libc::EBADFD | libc::EBADF | libc::ENXIO))
+}

@@ -206,6 +206,11 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// Gives back the last `count` heads that were taken (at most as many as are not used yet): they are taken again next.
+    pub fn rewind(&mut self, count: u16) {
+        self.next_available = self.next_available.wrapping_sub(count);
+    }
+
     fn read_available_index(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
         // Pairs with the driver's barrier: descriptors and entries are written before the index.
         let index = self.load(memory, self.available + 2, Ordering::Acquire)?;

@@ -1,0 +1,95 @@
+//! What a NIC counts, per queue pair.
+
+use crate::metrics::{Counter, Sample, Value};
+
+/// Counters of one queue pair. Bytes are those of Ethernet frames, without the virtio header.
+#[derive(Debug, Default)]
+pub(super) struct PairCounters {
+    pub(super) rx_packets: Counter,
+    pub(super) rx_bytes: Counter,
+    pub(super) tx_packets: Counter,
+    pub(super) tx_bytes: Counter,
+    pub(super) rx_kicks: Counter,
+    pub(super) tx_kicks: Counter,
+    pub(super) rx_interrupts: Counter,
+    pub(super) tx_interrupts: Counter,
+    /// Frames had to wait in the tap because the driver had given no buffers.
+    pub(super) rx_starved: Counter,
+    /// The tap took no more frames, and the driver's had to wait.
+    pub(super) tx_tap_full: Counter,
+    pub(super) rx_drops: RxDrops,
+    pub(super) tx_drops: TxDrops,
+}
+
+/// Frames from the tap that did not reach the driver, and chains of the driver that could take none.
+#[derive(Debug, Default)]
+pub(super) struct RxDrops {
+    pub(super) link_down: Counter,
+    /// Larger than the driver's buffers.
+    pub(super) oversize: Counter,
+    /// Needs an offload that the driver has switched off.
+    pub(super) offload: Counter,
+    /// Was in the tap before the driver was, or was cut in two by a stop.
+    pub(super) stale: Counter,
+    /// The tap gave an error instead of a frame.
+    pub(super) tap_error: Counter,
+    /// A chain that is too small for a header or has too many parts.
+    pub(super) bad_buffer: Counter,
+}
+
+/// Frames of the driver that did not reach the tap.
+#[derive(Debug, Default)]
+pub(super) struct TxDrops {
+    pub(super) link_down: Counter,
+    /// Larger than any frame may be.
+    pub(super) oversize: Counter,
+    /// Too short, with device-writable parts, or with too many parts.
+    pub(super) malformed: Counter,
+    /// The kernel refused the frame, most often for its header.
+    pub(super) refused: Counter,
+    /// The tap is down or gone.
+    pub(super) tap_error: Counter,
+}
+
+impl PairCounters {
+    /// Hands every sample to `visit`, labelled with the NIC and the number of the pair.
+    pub(super) fn collect(&self, nic: &str, queue: usize, visit: &mut dyn FnMut(Sample)) {
+        let labels = || vec![("nic", nic.to_owned()), ("queue", queue.to_string())];
+        let plain: [(&'static str, &'static str, &Counter); 10] = [
+            ("net_rx_packets", "Frames that the guest received.", &self.rx_packets),
+            ("net_rx_bytes", "Bytes of the frames that the guest received.", &self.rx_bytes),
+            ("net_tx_packets", "Frames that the guest sent.", &self.tx_packets),
+            ("net_tx_bytes", "Bytes of the frames that the guest sent.", &self.tx_bytes),
+            ("net_rx_kicks", "Kicks of the receive queue.", &self.rx_kicks),
+            ("net_tx_kicks", "Kicks of the transmit queue.", &self.tx_kicks),
+            ("net_rx_interrupts", "Interrupts of the receive queue.", &self.rx_interrupts),
+            ("net_tx_interrupts", "Interrupts of the transmit queue.", &self.tx_interrupts),
+            ("net_rx_starved", "Times that frames waited for the guest to give buffers.", &self.rx_starved),
+            ("net_tx_tap_full", "Times that the tap took no more frames.", &self.tx_tap_full),
+        ];
+        for (name, help, counter) in plain {
+            visit(Sample { name, help, labels: labels(), value: Value::Counter(counter.value()) });
+        }
+        let rx = &self.rx_drops;
+        let tx = &self.tx_drops;
+        let drops = [
+            ("net_rx_drops", "link_down", &rx.link_down),
+            ("net_rx_drops", "oversize", &rx.oversize),
+            ("net_rx_drops", "offload", &rx.offload),
+            ("net_rx_drops", "stale", &rx.stale),
+            ("net_rx_drops", "tap_error", &rx.tap_error),
+            ("net_rx_drops", "bad_buffer", &rx.bad_buffer),
+            ("net_tx_drops", "link_down", &tx.link_down),
+            ("net_tx_drops", "oversize", &tx.oversize),
+            ("net_tx_drops", "malformed", &tx.malformed),
+            ("net_tx_drops", "refused", &tx.refused),
+            ("net_tx_drops", "tap_error", &tx.tap_error),
+        ];
+        for (name, reason, counter) in drops {
+            let mut labels = labels();
+            labels.push(("reason", reason.to_owned()));
+            let help = "Frames that were dropped, by reason.";
+            visit(Sample { name, help, labels, value: Value::Counter(counter.value()) });
+        }
+    }
+}

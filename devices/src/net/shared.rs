@@ -1,0 +1,137 @@
+//! What the device, its handle and its workers share: settings that workers look at, and the ways to tell somebody.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::counters::PairCounters;
+use super::tap::{HEADER_SIZE, Tap};
+use super::{ETHERNET, MAX_FRAME};
+use crate::metrics::{MetricSource, Sample};
+use crate::virtio::TransportSignals;
+use crate::{DeviceEvent, DeviceNotifier};
+
+pub(super) struct Shared {
+    pub(super) id: String,
+    pub(super) tap: Tap,
+    pub(super) counters: Vec<PairCounters>,
+    /// Bytes of the largest frame that no offload makes larger, with its header.
+    pub(super) plain_frame: usize,
+    /// Wakes each worker, to look at its commands and at what is below.
+    pub(super) wakes: Vec<EventFd>,
+    pub(super) link_up: AtomicBool,
+    /// Grows when the link goes down: what a tap holds then is stale, even if the link is up again when a worker looks.
+    pub(super) purges: AtomicU64,
+    /// Offloads that the driver takes: feature bits. Set by the first worker.
+    pub(super) offloads: AtomicU64,
+    /// Queue pairs in use. Set by the first worker.
+    pub(super) pairs: AtomicU16,
+    /// Grows with each change of `pairs`.
+    pub(super) pairs_generation: AtomicU64,
+    /// Workers that have yet to follow the last change of `pairs`.
+    pub(super) pairs_waiting: AtomicU16,
+    /// Workers that have yet to stop.
+    pub(super) draining: AtomicU16,
+    tap_lost: AtomicBool,
+    signals: Mutex<Option<Weak<dyn TransportSignals>>>,
+    notifier: Arc<dyn DeviceNotifier>,
+}
+
+impl Shared {
+    pub(super) fn new(
+        id: String,
+        tap: Tap,
+        wakes: Vec<EventFd>,
+        link_up: bool,
+        notifier: Arc<dyn DeviceNotifier>,
+    ) -> Self {
+        // The tap's MTU may change while we run; this is only how much room is kept ready.
+        let mtu = tap.mtu().and_then(|mtu| usize::try_from(mtu).ok()).unwrap_or(1500);
+        Self {
+            id,
+            tap,
+            plain_frame: (mtu.saturating_add(ETHERNET + HEADER_SIZE)).min(MAX_FRAME),
+            counters: wakes.iter().map(|_| PairCounters::default()).collect(),
+            wakes,
+            link_up: AtomicBool::new(link_up),
+            purges: AtomicU64::new(0),
+            offloads: AtomicU64::new(0),
+            pairs: AtomicU16::new(1),
+            pairs_generation: AtomicU64::new(0),
+            pairs_waiting: AtomicU16::new(0),
+            draining: AtomicU16::new(0),
+            tap_lost: AtomicBool::new(false),
+            signals: Mutex::new(None),
+            notifier,
+        }
+    }
+
+    /// Queue pairs that the driver could use.
+    pub(super) fn max_pairs(&self) -> u16 {
+        u16::try_from(self.wakes.len()).unwrap_or(u16::MAX)
+    }
+
+    pub(super) fn wake(&self, worker: usize) {
+        if let Some(event) = self.wakes.get(worker) {
+            // It fails only when the counter is full, and then the worker is awake.
+            let _ = event.write(1);
+        }
+    }
+
+    pub(super) fn wake_all(&self) {
+        for worker in 0..self.wakes.len() {
+            self.wake(worker);
+        }
+    }
+
+    pub(super) fn set_signals(&self, signals: Option<Weak<dyn TransportSignals>>) {
+        *self.signals.lock().unwrap_or_else(PoisonError::into_inner) = signals;
+    }
+
+    /// Sets the link and tells the driver, if there is one.
+    pub(super) fn set_link(&self, up: bool) {
+        if self.link_up.swap(up, Ordering::SeqCst) == up {
+            return;
+        }
+        if !up {
+            self.purges.fetch_add(1, Ordering::SeqCst);
+        }
+        self.wake_all();
+        let signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(signals) = signals.and_then(|signals| signals.upgrade()) {
+            signals.config_changed();
+        }
+    }
+
+    pub(super) fn notify(&self, event: DeviceEvent) {
+        self.notifier.notify(&self.id, event);
+    }
+
+    /// The tap failed: told once, until it works again.
+    pub(super) fn tap_failed(&self, action: &str, error: &io::Error) {
+        if self.tap_lost.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let tap = self.tap.name();
+        let remedy = "set it up with `ip link set up`, or restart the VM if it was deleted";
+        tracing::warn!(nic = self.id, tap, action, %error, "the tap fails; frames are dropped: {remedy}");
+        self.notify(DeviceEvent::BackendLost { reason: format!("tap {tap}: cannot {action}: {error}; {remedy}") });
+    }
+
+    /// A frame went through the tap.
+    pub(super) fn tap_works(&self) {
+        if self.tap_lost.load(Ordering::Relaxed) && self.tap_lost.swap(false, Ordering::Relaxed) {
+            tracing::info!(nic = self.id, tap = self.tap.name(), "the tap works again");
+        }
+    }
+}
+
+impl MetricSource for Shared {
+    fn collect(&self, visit: &mut dyn FnMut(Sample)) {
+        for (queue, counters) in self.counters.iter().enumerate() {
+            counters.collect(&self.id, queue, visit);
+        }
+    }
+}

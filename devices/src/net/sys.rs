@@ -1,0 +1,232 @@
+//! The system calls of the tap path, and nothing else: raw pointers to guest RAM start and end here.
+#![allow(unsafe_code)] // ioctl, readv and writev have no safe wrappers for taps and guest memory.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use crate::virtio::ring::RingError;
+
+/// Most segments of one `readv` or `writev` (UIO_MAXIOV).
+pub(super) const MAX_SEGMENTS: usize = 1024;
+
+pub(super) const IFF_TAP: u16 = 0x0002;
+pub(super) const IFF_MULTI_QUEUE: u16 = 0x0100;
+pub(super) const IFF_NO_PI: u16 = 0x1000;
+pub(super) const IFF_VNET_HDR: u16 = 0x4000;
+const IFF_ATTACH_QUEUE: u16 = 0x0200;
+const IFF_DETACH_QUEUE: u16 = 0x0400;
+
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNGETFEATURES: libc::c_ulong = 0x8004_54cf;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNGETVNETHDRSZ: libc::c_ulong = 0x8004_54d7;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+const TUNSETCARRIER: libc::c_ulong = 0x4004_54e2;
+
+/// `struct ifreq` as far as taps use it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct IfReq {
+    name: [u8; 16],
+    /// Flags in the low half, or the MTU.
+    value: i32,
+    rest: [u8; 20],
+}
+
+impl IfReq {
+    fn new(name: &str, flags: u16) -> Self {
+        let mut request = Self { name: [0; 16], value: i32::from(flags), rest: [0; 20] };
+        // The last byte stays zero.
+        for (to, from) in request.name.iter_mut().take(15).zip(name.bytes()) {
+            *to = from;
+        }
+        request
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn ifreq_ioctl(fd: BorrowedFd<'_>, request: libc::c_ulong, argument: &mut IfReq) -> io::Result<()> {
+    // SAFETY: `fd` is open, and the requests used with this function read and write a `struct ifreq`, which `IfReq` is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) })
+}
+
+fn int_ioctl(fd: BorrowedFd<'_>, request: libc::c_ulong, argument: &mut libc::c_int) -> io::Result<()> {
+    // SAFETY: `fd` is open, and the requests used with this function read or write one int.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) })
+}
+
+/// Attaches `fd`, an open /dev/net/tun, to the interface `name`.
+pub(super) fn set_interface(fd: BorrowedFd<'_>, name: &str, flags: u16) -> io::Result<()> {
+    ifreq_ioctl(fd, TUNSETIFF, &mut IfReq::new(name, flags))
+}
+
+/// Name and flags of the interface behind `fd`.
+pub(super) fn interface(fd: BorrowedFd<'_>) -> io::Result<(String, u16)> {
+    let mut request = IfReq::new("", 0);
+    ifreq_ioctl(fd, TUNGETIFF, &mut request)?;
+    let name = request.name.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect();
+    let [low, high, ..] = request.value.to_le_bytes();
+    Ok((name, u16::from_le_bytes([low, high])))
+}
+
+/// Whether an interface with this name exists in this network namespace.
+pub(super) fn interface_exists(name: &str) -> bool {
+    let request = IfReq::new(name, 0);
+    // SAFETY: the name is NUL-terminated within its array.
+    unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) != 0 }
+}
+
+/// The flags that the kernel's tap driver knows.
+pub(super) fn driver_features(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut features = 0;
+    int_ioctl(fd, TUNGETFEATURES, &mut features)?;
+    Ok(features.cast_unsigned())
+}
+
+/// The size of the header before each frame, in bytes.
+pub(super) fn header_size(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut size = 0;
+    int_ioctl(fd, TUNGETVNETHDRSZ, &mut size)?;
+    Ok(size)
+}
+
+/// Sets the size of the header before each frame, in bytes.
+pub(super) fn set_header_size(fd: BorrowedFd<'_>, mut size: i32) -> io::Result<()> {
+    int_ioctl(fd, TUNSETVNETHDRSZ, &mut size)
+}
+
+/// What may be left undone (checksums, segmentation) in frames that are read from the tap: `TUN_F_*`.
+pub(super) fn set_offload(fd: BorrowedFd<'_>, offload: u32) -> io::Result<()> {
+    // SAFETY: `fd` is open; the request takes its argument by value.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offload)) })
+}
+
+/// Sets whether the interface has a carrier.
+pub(super) fn set_carrier(fd: BorrowedFd<'_>, up: bool) -> io::Result<()> {
+    int_ioctl(fd, TUNSETCARRIER, &mut libc::c_int::from(up))
+}
+
+/// Takes a queue of a multi-queue tap into or out of service.
+pub(super) fn set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
+    let flags = if attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
+    ifreq_ioctl(fd, TUNSETQUEUE, &mut IfReq::new("", flags))
+}
+
+/// The MTU of an interface of this network namespace, in bytes.
+pub(super) fn mtu(name: &str) -> io::Result<u32> {
+    // SAFETY: no pointers are passed; the result is checked before it is owned.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    check(socket)?;
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let mut request = IfReq::new(name, 0);
+    ifreq_ioctl(std::os::fd::AsFd::as_fd(&socket), libc::SIOCGIFMTU, &mut request)?;
+    u32::try_from(request.value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Makes reads and writes on `fd` return at once.
+pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `fd` is open; these commands take and give integers.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    check(flags)?;
+    // SAFETY: as above.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
+}
+
+/// An array of segments of guest RAM, in the form that `readv` and `writev` take. Made once, reused for every frame.
+///
+/// The segments are good as long as the memory map lives that they were made from: whoever holds this holds the map.
+pub(super) struct Segments {
+    list: Vec<libc::iovec>,
+}
+
+// SAFETY: the pointers are to guest RAM, which any thread may access, and are used by nobody but the functions below.
+unsafe impl Send for Segments {}
+
+impl Segments {
+    /// An empty array that never grows past `capacity` segments.
+    pub(super) fn with_capacity(capacity: usize) -> Self {
+        Self { list: Vec::with_capacity(capacity) }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.list.clear();
+    }
+
+    /// Forgets the first `count` segments.
+    pub(super) fn remove_front(&mut self, count: usize) {
+        self.list.drain(..count.min(self.list.len()));
+    }
+
+    /// Keeps the first `count` segments only.
+    pub(super) fn truncate(&mut self, count: usize) {
+        self.list.truncate(count);
+    }
+
+    /// Appends `length` bytes of guest RAM at `address`, part of the chain at `head`: one segment, or more where regions meet. Tells `visit` the length of
+    /// each.
+    ///
+    /// # Errors
+    /// If a part of the range is not guest RAM.
+    pub(super) fn push(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        address: u64,
+        length: usize,
+        mut visit: impl FnMut(usize),
+    ) -> Result<(), RingError> {
+        for slice in memory.get_slices(GuestAddress(address), length) {
+            let slice = slice.map_err(|_| RingError::Unmapped { head, address })?;
+            let guard = slice.ptr_guard_mut();
+            self.list.push(libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: slice.len() });
+            visit(slice.len());
+        }
+        Ok(())
+    }
+
+    /// Sends the segments from `first` on as one frame; says how many bytes were taken.
+    pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let count = self.list.len().min(MAX_SEGMENTS);
+        // SAFETY: every segment lies in guest RAM that is mapped as long as its map lives, which the caller holds. The kernel
+        // only reads it; the guest may change it meanwhile, which the kernel copes with.
+        let done =
+            unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), libc::c_int::try_from(count).unwrap_or(0)) };
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Receives one frame into the first `count` segments, and what does not fit into `rest`; says how many bytes came.
+    pub(super) fn read_from(&mut self, fd: BorrowedFd<'_>, count: usize, rest: &mut [u8]) -> io::Result<usize> {
+        let count = count.min(self.list.len()).min(MAX_SEGMENTS - 1);
+        let tail = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
+        // The segment after the last is lent to the rest and restored afterwards, so that the array needs no copy.
+        let displaced = match self.list.get_mut(count) {
+            Some(place) => Some(std::mem::replace(place, tail)),
+            None => {
+                self.list.push(tail);
+                None
+            }
+        };
+        let segments = libc::c_int::try_from(count + 1).unwrap_or(1);
+        // SAFETY: every segment lies in guest RAM that is mapped as long as its map lives, which the caller holds, but for
+        // the last, which is `rest`, borrowed mutably for the time of the call.
+        let done = unsafe { libc::readv(fd.as_raw_fd(), self.list.as_ptr(), segments) };
+        let result = usize::try_from(done).map_err(|_| io::Error::last_os_error());
+        match (displaced, self.list.get_mut(count)) {
+            (Some(segment), Some(place)) => *place = segment,
+            _ => self.list.truncate(count),
+        }
+        result
+    }
+}

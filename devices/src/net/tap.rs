@@ -1,0 +1,333 @@
+//! Taps: the host side of a NIC.
+//!
+//! A tap is taken by name or as descriptors that the agent opened, one per queue pair; with descriptors the VMM needs no
+//! privilege. Each frame has the 12-byte header of virtio 1.x before it (§5.1.6), which the kernel checks and obeys.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use thiserror::Error;
+
+use super::features::{TUN_F_BASE, TUN_F_USO};
+use super::sys;
+
+/// Bytes of `struct virtio_net_hdr_mrg_rxbuf`, which precedes every frame (virtio 1.2 §5.1.6).
+pub const HEADER_SIZE: usize = 12;
+/// Most queues that the kernel gives one tap.
+pub const MAX_QUEUES: u16 = 256;
+const WANTED_FLAGS: u16 = sys::IFF_TAP | sys::IFF_NO_PI | sys::IFF_VNET_HDR;
+
+/// Why a tap cannot be used. Every message names the tap and the remedy.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TapError {
+    /// Not a name that an interface can have.
+    #[error("{0:?} is no interface name: use 1 to 15 printable characters without '/', ':', '%' and spaces")]
+    Name(String),
+    /// No queue, or more than the kernel has.
+    #[error("tap {name}: {count} queues asked for: use 1 to {MAX_QUEUES}")]
+    Count {
+        /// The tap.
+        name: String,
+        /// Queues asked for.
+        count: usize,
+    },
+    /// /dev/net/tun cannot be opened.
+    #[error(
+        "/dev/net/tun, needed for tap {name}, cannot be opened: {error}; load the module `tun` or grant access to the device"
+    )]
+    Driver {
+        /// The tap.
+        name: String,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+    /// There is no such tap, and it may not be created.
+    #[error(
+        "there is no tap {0}, and creating it needs CAP_NET_ADMIN: create it with `ip tuntap add dev {0} mode tap vnet_hdr user USER`, or pass descriptors"
+    )]
+    Missing(String),
+    /// The tap belongs to somebody else.
+    #[error(
+        "no permission to use tap {0}: give it to this user with `ip tuntap add dev {0} mode tap vnet_hdr user USER`, grant CAP_NET_ADMIN, or pass descriptors"
+    )]
+    Permission(String),
+    /// Somebody else has the tap open.
+    #[error(
+        "tap {0} is busy: another process has it open; find it with `grep -l 'iff:.*{0}' /proc/[0-9]*/fdinfo/*` and stop it, or use another tap"
+    )]
+    Busy(String),
+    /// An interface of another kind, or a tap with another number of queues.
+    #[error("{name} cannot be opened as a tap with {queues} queue(s): it is another kind of interface, or was created {} multi_queue; create it with `ip tuntap add dev {name} mode tap vnet_hdr{}`", if *queues > 1 { "without" } else { "with" }, if *queues > 1 { " multi_queue" } else { "" })]
+    Kind {
+        /// The interface.
+        name: String,
+        /// Queues asked for.
+        queues: u16,
+    },
+    /// A descriptor that is no tap at all.
+    #[error("descriptor {index} for the NIC is not a tap ({error}): pass descriptors of /dev/net/tun after TUNSETIFF")]
+    NotATap {
+        /// Position in the list of descriptors.
+        index: usize,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+    /// A descriptor of a tap with flags that do not fit.
+    #[error("tap {name} has flags {flags:#06x}: open it with IFF_TAP|IFF_NO_PI|IFF_VNET_HDR{}", if *multi { "|IFF_MULTI_QUEUE, one descriptor for each queue pair" } else { "" })]
+    Flags {
+        /// The tap.
+        name: String,
+        /// Its flags, from TUNGETIFF.
+        flags: u16,
+        /// Whether it needs several queues.
+        multi: bool,
+    },
+    /// The descriptors are of different taps.
+    #[error("descriptors of both tap {first} and tap {other} were passed for one NIC: pass queues of one tap only")]
+    Mixed {
+        /// The tap of the first descriptor.
+        first: String,
+        /// Another.
+        other: String,
+    },
+    /// The kernel lacks what the NIC needs.
+    #[error("tap {name}: the kernel refused to {action}: {error}; Linux 5.4 or newer is needed")]
+    Kernel {
+        /// The tap.
+        name: String,
+        /// What was asked of it.
+        action: &'static str,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+}
+
+/// An open tap, with one descriptor per queue pair. Closing it puts back what was set.
+pub struct Tap {
+    name: String,
+    queues: Vec<TapQueue>,
+    uso: bool,
+    /// The header size that was found. `None` for what is not a real tap, in tests.
+    found_header: Option<i32>,
+    carrier_lost: AtomicBool,
+}
+
+struct TapQueue {
+    fd: OwnedFd,
+    attached: AtomicBool,
+}
+
+impl Tap {
+    /// Opens the tap `name` with `queues` queues (1..=256). Where it does not exist and the process has CAP_NET_ADMIN, the
+    /// kernel creates it: it is down then, belongs to no bridge, and goes when the VMM ends. That is logged as a warning.
+    ///
+    /// # Errors
+    /// [`TapError`] for a bad name, a missing, foreign or busy tap, or one that was made with other flags.
+    pub fn open(name: &str, queues: u16) -> Result<Self, TapError> {
+        let allowed = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
+        if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(allowed) {
+            return Err(TapError::Name(name.to_owned()));
+        }
+        if queues == 0 || queues > MAX_QUEUES {
+            return Err(TapError::Count { name: name.to_owned(), count: queues.into() });
+        }
+        let existed = sys::interface_exists(name);
+        let mut flags = WANTED_FLAGS | if queues > 1 { sys::IFF_MULTI_QUEUE } else { 0 };
+        let mut fds = Vec::new();
+        for _ in 0..queues {
+            let fd = open_driver(name)?;
+            let mut result = sys::set_interface(fd.as_fd(), name, flags);
+            // A tap made for several queues serves one as well, but wants to hear it.
+            if queues == 1 && result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)) {
+                flags |= sys::IFF_MULTI_QUEUE;
+                result = sys::set_interface(fd.as_fd(), name, flags);
+            }
+            result.map_err(|error| open_error(name, queues, existed, error))?;
+            fds.push(fd);
+        }
+        if !existed {
+            tracing::warn!(tap = name, "the tap did not exist and was created; it is down and belongs to no bridge");
+        }
+        Self::from_checked(name.to_owned(), fds)
+    }
+
+    /// Takes a tap as descriptors, one per queue pair, that somebody else opened. They become non-blocking.
+    ///
+    /// # Errors
+    /// [`TapError`] if they are not queues of one tap with the flags that are needed.
+    pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
+        let multi = fds.len() > 1;
+        let mut first: Option<String> = None;
+        for (index, fd) in fds.iter().enumerate() {
+            let (name, flags) = sys::interface(fd.as_fd()).map_err(|error| TapError::NotATap { index, error })?;
+            let wanted = WANTED_FLAGS | if multi { sys::IFF_MULTI_QUEUE } else { 0 };
+            if flags & wanted != wanted {
+                return Err(TapError::Flags { name, flags, multi });
+            }
+            match &first {
+                Some(first) if *first != name => {
+                    return Err(TapError::Mixed { first: first.clone(), other: name });
+                }
+                Some(_) => {}
+                None => first = Some(name),
+            }
+        }
+        let name = first.unwrap_or_default();
+        if fds.is_empty() || fds.len() > usize::from(MAX_QUEUES) {
+            return Err(TapError::Count { name, count: fds.len() });
+        }
+        Self::from_checked(name, fds)
+    }
+
+    fn from_checked(name: String, fds: Vec<OwnedFd>) -> Result<Self, TapError> {
+        let fail = |action, error| TapError::Kernel { name: name.clone(), action, error };
+        let mut found_header = None;
+        let mut uso = false;
+        if let Some(fd) = fds.first().map(AsFd::as_fd) {
+            let features = sys::driver_features(fd).map_err(|error| fail("tell its features", error))?;
+            if features & u32::from(sys::IFF_VNET_HDR) == 0 {
+                return Err(fail("offer IFF_VNET_HDR", io::ErrorKind::Unsupported.into()));
+            }
+            let found = sys::header_size(fd).map_err(|error| fail("tell the header size", error))?;
+            let size = i32::try_from(HEADER_SIZE).unwrap_or(i32::MAX);
+            sys::set_header_size(fd, size).map_err(|error| fail("set the header size", error))?;
+            found_header = Some(found);
+            uso = sys::set_offload(fd, TUN_F_BASE | TUN_F_USO).is_ok();
+            if !uso {
+                sys::set_offload(fd, TUN_F_BASE).map_err(|error| fail("offer checksum and TSO offload", error))?;
+            }
+            sys::set_offload(fd, 0).map_err(|error| fail("switch offloads off", error))?;
+        }
+        for fd in &fds {
+            sys::set_nonblocking(fd.as_fd()).map_err(|error| fail("make it non-blocking", error))?;
+        }
+        let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
+        Ok(Self { name, queues, uso, found_header, carrier_lost: AtomicBool::new(false) })
+    }
+
+    /// Descriptors that keep frames apart but are no taps (sockets), for tests on machines without taps.
+    #[cfg(test)]
+    pub(super) fn double(fds: Vec<OwnedFd>) -> Self {
+        for fd in &fds {
+            sys::set_nonblocking(fd.as_fd()).unwrap();
+        }
+        let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
+        let name = "double".to_owned();
+        Self { name, queues, uso: true, found_header: None, carrier_lost: AtomicBool::new(false) }
+    }
+
+    /// The interface's name; empty where it could not be found out.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Number of queues: of queue pairs that the NIC can have.
+    #[must_use]
+    pub fn queues(&self) -> u16 {
+        u16::try_from(self.queues.len()).unwrap_or(MAX_QUEUES)
+    }
+
+    /// Whether the kernel does UDP segmentation (Linux 6.2 or newer).
+    #[must_use]
+    pub fn has_uso(&self) -> bool {
+        self.uso
+    }
+
+    /// The interface's MTU in bytes, where it is in this network namespace.
+    #[must_use]
+    pub fn mtu(&self) -> Option<u32> {
+        self.found_header?;
+        sys::mtu(&self.name).ok()
+    }
+
+    /// The descriptor of one queue.
+    pub(super) fn queue(&self, index: usize) -> Option<BorrowedFd<'_>> {
+        self.queues.get(index).map(|queue| queue.fd.as_fd())
+    }
+
+    fn control(&self) -> Option<BorrowedFd<'_>> {
+        self.found_header?;
+        self.queue(0)
+    }
+
+    /// Tells the kernel what frames from it may leave undone: `TUN_F_*`.
+    pub(super) fn set_offload(&self, flags: u32) -> io::Result<()> {
+        self.control().map_or(Ok(()), |fd| sys::set_offload(fd, flags))
+    }
+
+    /// Takes the first `count` queues into service and the others out of it.
+    pub(super) fn use_queues(&self, count: usize) -> io::Result<()> {
+        if self.control().is_none() || self.queues.len() == 1 {
+            return Ok(());
+        }
+        // The last is taken out first, so that the kernel's numbers of the others stay.
+        for (index, queue) in self.queues.iter().enumerate().rev().filter(|(index, _)| *index >= count) {
+            queue.switch(index, false)?;
+        }
+        for (index, queue) in self.queues.iter().enumerate().take(count) {
+            queue.switch(index, true)?;
+        }
+        Ok(())
+    }
+
+    /// Shows the link to the host. Kernels before 5.0 and foreign taps cannot: that is logged, and the link works on.
+    pub(super) fn set_carrier(&self, up: bool) {
+        let Some(fd) = self.control() else { return };
+        match sys::set_carrier(fd, up) {
+            Ok(()) => self.carrier_lost.store(!up, Ordering::Relaxed),
+            Err(error) => {
+                tracing::warn!(tap = self.name, %error, up, "the tap's carrier could not be set; the guest's link is");
+            }
+        }
+    }
+}
+
+impl TapQueue {
+    fn switch(&self, index: usize, attached: bool) -> io::Result<()> {
+        // The first queue always serves.
+        if index > 0 && self.attached.load(Ordering::Relaxed) != attached {
+            sys::set_queue(self.fd.as_fd(), attached)?;
+            self.attached.store(attached, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let (Some(fd), Some(found)) = (self.control(), self.found_header) else { return };
+        // Whoever shares the descriptors, or opens the tap next, finds it as we did. A tap that is gone needs nothing.
+        let _ = self.use_queues(self.queues.len());
+        let _ = sys::set_offload(fd, 0);
+        let _ = sys::set_header_size(fd, found);
+        if self.carrier_lost.load(Ordering::Relaxed) {
+            let _ = sys::set_carrier(fd, true);
+        }
+    }
+}
+
+fn open_driver(name: &str) -> Result<OwnedFd, TapError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+    match options.open("/dev/net/tun") {
+        Ok(file) => Ok(file.into()),
+        Err(error) => Err(TapError::Driver { name: name.to_owned(), error }),
+    }
+}
+
+fn open_error(name: &str, queues: u16, existed: bool, error: io::Error) -> TapError {
+    let name = name.to_owned();
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) if existed => TapError::Permission(name),
+        Some(libc::EPERM | libc::EACCES) => TapError::Missing(name),
+        Some(libc::EBUSY) => TapError::Busy(name),
+        Some(libc::EINVAL) => TapError::Kind { name, queues },
+        Some(libc::E2BIG) => TapError::Count { name, count: queues.into() },
+        _ => TapError::Kernel { name, action: "attach a queue", error },
+    }
+}

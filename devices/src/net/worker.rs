@@ -1,0 +1,401 @@
+//! The thread of a queue pair. It waits in epoll, and nowhere else, for messages from the device, for kicks and for the tap.
+//!
+//! Kicks and the tap are watched edge-triggered: an event only marks that there may be something, and work ends when the ring
+//! or the tap is seen empty. So no event source has to be switched off while it cannot be served, which is what makes
+//! reception freeze or spin elsewhere: a tap whose frames find no buffers keeps its mark and is read when the driver kicks.
+
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::control::{Command, Control, Outcome};
+use super::counters::PairCounters;
+use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit, tap_offload};
+use super::lane::Lane;
+use super::rx::Rx;
+use super::shared::Shared;
+use super::tx::Tx;
+use super::{MAX_FRAME, features};
+use crate::virtio::ring::RingError;
+use crate::virtio::{StoppedQueue, TransportSignals};
+use crate::{DeviceEvent, GuestMemory};
+
+const WAKE: u64 = 0;
+const TAP: u64 = 1;
+const RX_KICK: u64 = 2;
+const TX_KICK: u64 = 3;
+const CONTROL_KICK: u64 = 4;
+/// Turns that the emptying of a tap of stale frames may take: more frames than a tap's queue commonly holds.
+const PURGE_TURNS: u32 = 64;
+
+/// What the device tells a worker.
+pub(super) enum Message {
+    Start(Box<Start>),
+    Stop,
+    Exit,
+}
+
+/// What a worker starts with.
+pub(super) struct Start {
+    pub(super) features: u64,
+    pub(super) memory: GuestMemory,
+    pub(super) rx: Option<Lane>,
+    pub(super) tx: Option<Lane>,
+    pub(super) control: Option<Lane>,
+    pub(super) signals: Arc<dyn TransportSignals>,
+    /// The driver is new: what the tap holds is not for it.
+    pub(super) fresh: bool,
+    /// [`Shared::pairs_generation`] when this was sent.
+    pub(super) pairs_generation: u64,
+}
+
+/// What the data path works with during one turn.
+pub(super) struct Context<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) counters: &'a PairCounters,
+    pub(super) memory: &'a GuestMemoryMmap,
+    pub(super) tap: BorrowedFd<'a>,
+    pub(super) link_up: bool,
+    pub(super) offloads: u64,
+    /// Room to keep ready for the next frame, in bytes.
+    pub(super) largest_frame: usize,
+}
+
+struct Running {
+    memory: GuestMemory,
+    /// The map that the held buffers were found in.
+    map: Arc<GuestMemoryMmap>,
+    rx: Option<Rx>,
+    tx: Option<Tx>,
+    control: Option<Control>,
+    signals: Arc<dyn TransportSignals>,
+    pairs_generation: u64,
+    purges: u64,
+    purge_turns: u32,
+}
+
+pub(super) struct Worker {
+    index: usize,
+    shared: Arc<Shared>,
+    messages: Receiver<Message>,
+    stopped: Sender<Vec<StoppedQueue>>,
+    epoll: Epoll,
+    running: Option<Running>,
+    carrier: bool,
+}
+
+impl Worker {
+    /// A parked worker for queue pair `index`.
+    pub(super) fn new(
+        index: usize,
+        shared: Arc<Shared>,
+        messages: Receiver<Message>,
+        stopped: Sender<Vec<StoppedQueue>>,
+    ) -> std::io::Result<Self> {
+        let epoll = Epoll::new()?;
+        if let Some(wake) = shared.wakes.get(index) {
+            let event = EpollEvent::new(EventSet::IN, WAKE);
+            epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
+        }
+        Ok(Self { index, shared, messages, stopped, epoll, running: None, carrier: true })
+    }
+
+    /// The body of the thread.
+    pub(super) fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let (Some(counters), Some(tap)) = (shared.counters.get(self.index), shared.tap.queue(self.index)) else {
+            return;
+        };
+        let mut events = [EpollEvent::default(); 8];
+        let mut more = false;
+        self.follow_link();
+        loop {
+            let ready = match self.epoll.wait(if more { 0 } else { -1 }, &mut events) {
+                Ok(ready) => ready,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::error!(nic = shared.id, queue = self.index, %error, "epoll failed: the queue stops for good");
+                    return;
+                }
+            };
+            for event in events.iter().take(ready) {
+                if event.data() == WAKE {
+                    if !self.handle_messages(counters, tap) {
+                        return;
+                    }
+                } else if let Some(running) = &mut self.running {
+                    running.mark(event.data(), event.event_set(), counters);
+                }
+            }
+            more = self.turn(counters, tap);
+        }
+    }
+
+    /// Takes the device's messages; `false` when the thread is to end.
+    fn handle_messages(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
+        if let Some(wake) = self.shared.wakes.get(self.index) {
+            let _ = wake.read();
+        }
+        loop {
+            match self.messages.try_recv() {
+                Ok(Message::Start(start)) => self.start(*start, tap),
+                Ok(Message::Stop) => self.stop(counters, tap),
+                Ok(Message::Exit) | Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) => break,
+            }
+        }
+        self.follow_link();
+        self.follow_pairs();
+        true
+    }
+
+    fn watch(&self, operation: ControlOperation, fd: RawFd, token: u64, events: EventSet) {
+        if let Err(error) = self.epoll.ctl(operation, fd, EpollEvent::new(events | EventSet::EDGE_TRIGGERED, token)) {
+            tracing::error!(nic = self.shared.id, queue = self.index, token, %error, "a descriptor cannot be watched");
+        }
+    }
+
+    fn start(&mut self, start: Start, tap: BorrowedFd<'_>) {
+        let shared = &self.shared;
+        if self.index == 0 {
+            let pairs = usize::from(shared.pairs.load(Ordering::SeqCst));
+            let offload = tap_offload(shared.offloads.load(Ordering::SeqCst));
+            let prepared = shared.tap.use_queues(pairs).and_then(|()| shared.tap.set_offload(offload));
+            if let Err(error) = prepared {
+                shared.tap_failed("prepare for the driver", &error);
+            }
+        }
+        let purges = shared.purges.load(Ordering::SeqCst);
+        let max_pairs = shared.max_pairs();
+        let merge = start.features & bit(features::MRG_RXBUF) != 0;
+        let running = Running {
+            map: start.memory.memory().into_inner(),
+            memory: start.memory,
+            rx: start.rx.map(|lane| Rx::new(lane, merge)),
+            tx: start.tx.map(Tx::new),
+            control: start.control.map(|lane| Control::new(lane, start.features, max_pairs)),
+            signals: start.signals,
+            pairs_generation: start.pairs_generation,
+            purges,
+            purge_turns: if start.fresh { PURGE_TURNS } else { 0 },
+        };
+        for (kick, token) in running.kicks() {
+            self.watch(ControlOperation::Add, kick, token, EventSet::IN);
+        }
+        self.watch(ControlOperation::Add, tap.as_raw_fd(), TAP, EventSet::IN | EventSet::OUT);
+        self.running = Some(running);
+    }
+
+    fn stop(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
+        let mut queues = Vec::new();
+        if let Some(running) = self.running.take() {
+            // The transport holds the same eventfds: closing ours would not end the watch.
+            for (kick, token) in running.kicks() {
+                self.watch(ControlOperation::Delete, kick, token, EventSet::empty());
+            }
+            self.watch(ControlOperation::Delete, tap.as_raw_fd(), TAP, EventSet::empty());
+            queues.extend(running.rx.map(|rx| rx.stop(counters)));
+            queues.extend(running.tx.map(|tx| tx.lane.stop()));
+            queues.extend(running.control.map(Control::stop));
+        }
+        // If nobody listens any more, the device is gone, and the next message says so.
+        let _ = self.stopped.send(queues);
+        if self.shared.draining.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.shared.notify(DeviceEvent::Drained);
+        }
+    }
+
+    /// The first worker shows the link to the host: it may wait for the kernel's network lock, which others must not.
+    fn follow_link(&mut self) {
+        let up = self.shared.link_up.load(Ordering::SeqCst);
+        if self.index == 0 && self.carrier != up {
+            self.shared.tap.set_carrier(up);
+            self.carrier = up;
+        }
+    }
+
+    /// Confirms that this worker works by the present number of pairs, which the first one waits for.
+    fn follow_pairs(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        let shared = &self.shared;
+        let generation = shared.pairs_generation.load(Ordering::SeqCst);
+        if self.index == 0 {
+            if shared.pairs_waiting.load(Ordering::SeqCst) == 0
+                && let Some(control) = &mut running.control
+                && let Err(error) = control.finish(&running.map)
+            {
+                fail(shared, &running.signals, &error);
+            }
+            return;
+        }
+        if std::mem::replace(&mut running.pairs_generation, generation) == generation {
+            return;
+        }
+        // A turn ends with everything published, so nothing of this pair is under way here.
+        running.mark_all();
+        if shared.pairs_waiting.fetch_sub(1, Ordering::SeqCst) == 1 {
+            shared.wake(0);
+        }
+    }
+
+    /// Does some of whatever there is to do; says whether there is more to do at once.
+    fn turn(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
+        let Some(running) = &mut self.running else { return false };
+        let shared = &*self.shared;
+        running.follow_memory(counters);
+        let mut more = running.serve_control(shared);
+        if self.index < usize::from(shared.pairs.load(Ordering::SeqCst)) {
+            let was_blocked = running.tx_blocked();
+            more |= running.serve_frames(shared, counters, tap);
+            if running.tx_blocked() && !was_blocked {
+                // Looks at the tap anew: it may have become writable before it was asked to tell. Once only: frames that
+                // wait in the tap are an event each time.
+                self.watch(ControlOperation::Modify, tap.as_raw_fd(), TAP, EventSet::IN | EventSet::OUT);
+            }
+        }
+        more
+    }
+}
+
+impl Running {
+    fn kicks(&self) -> impl Iterator<Item = (RawFd, u64)> {
+        let rx = self.rx.as_ref().map(|rx| (rx.lane.kick.as_raw_fd(), RX_KICK));
+        let tx = self.tx.as_ref().map(|tx| (tx.lane.kick.as_raw_fd(), TX_KICK));
+        let control = self.control.as_ref().map(|control| (control.lane.kick.as_raw_fd(), CONTROL_KICK));
+        [rx, tx, control].into_iter().flatten()
+    }
+
+    fn mark(&mut self, token: u64, events: EventSet, counters: &PairCounters) {
+        let readable = events.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
+        match (token, &mut self.rx, &mut self.tx, &mut self.control) {
+            (TAP, rx, tx, _) => {
+                if let Some(rx) = rx {
+                    rx.readable |= readable;
+                }
+                if let Some(tx) = tx
+                    && events.intersects(EventSet::OUT | EventSet::ERROR | EventSet::HANG_UP)
+                {
+                    tx.blocked = false;
+                }
+            }
+            (RX_KICK, Some(_), ..) => counters.rx_kicks.increment(),
+            (TX_KICK, _, Some(tx), _) => {
+                counters.tx_kicks.increment();
+                tx.pending = true;
+            }
+            (CONTROL_KICK, .., Some(control)) => control.pending = true,
+            _ => {}
+        }
+    }
+
+    fn tx_blocked(&self) -> bool {
+        self.tx.as_ref().is_some_and(|tx| tx.blocked)
+    }
+
+    fn mark_all(&mut self) {
+        if let Some(rx) = &mut self.rx {
+            rx.readable = true;
+        }
+        if let Some(tx) = &mut self.tx {
+            tx.pending = true;
+        }
+    }
+
+    /// Goes over to the present memory map. Buffers that were found in the former one are given back and found anew.
+    fn follow_memory(&mut self, counters: &PairCounters) {
+        let now = self.memory.memory();
+        if std::ptr::eq(&raw const *now, Arc::as_ptr(&self.map)) {
+            return;
+        }
+        if let Some(rx) = &mut self.rx {
+            rx.release(counters);
+        }
+        self.map = now.into_inner();
+    }
+
+    fn serve_control(&mut self, shared: &Shared) -> bool {
+        let Some(control) = &mut self.control else { return false };
+        control.service(&self.map, |command| obey(shared, command)).unwrap_or_else(|error| {
+            fail(shared, &self.signals, &error);
+            false
+        })
+    }
+
+    fn serve_frames(&mut self, shared: &Shared, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
+        let offloads = shared.offloads.load(Ordering::Relaxed);
+        let segmented = bit(GUEST_TSO4) | bit(GUEST_TSO6) | bit(GUEST_USO4) | bit(GUEST_USO6);
+        let context = Context {
+            shared,
+            counters,
+            memory: &self.map,
+            tap,
+            link_up: shared.link_up.load(Ordering::SeqCst),
+            offloads,
+            largest_frame: if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
+        };
+        let purges = shared.purges.load(Ordering::SeqCst);
+        if std::mem::replace(&mut self.purges, purges) != purges {
+            self.purge_turns = PURGE_TURNS;
+        }
+        let mut more = false;
+        if let Some(tx) = &mut self.tx {
+            more |= settle(shared, &self.signals, tx.service(&context));
+        }
+        if let Some(rx) = &mut self.rx {
+            if self.purge_turns > 0 {
+                let left = rx.discard(&context, &counters.rx_drops.stale);
+                self.purge_turns = if left { self.purge_turns - 1 } else { 0 };
+                more |= left;
+            } else {
+                more |= settle(shared, &self.signals, rx.service(&context));
+            }
+        }
+        more
+    }
+}
+
+fn settle(shared: &Shared, signals: &Arc<dyn TransportSignals>, result: Result<bool, RingError>) -> bool {
+    result.unwrap_or_else(|error| {
+        fail(shared, signals, &error);
+        false
+    })
+}
+
+/// The driver broke a ring. That ring is left alone until the device is reset.
+fn fail(shared: &Shared, signals: &Arc<dyn TransportSignals>, error: &RingError) {
+    let reason = error.to_string();
+    signals.needs_reset(&reason);
+    shared.notify(DeviceEvent::NeedsReset { reason });
+}
+
+/// Carries out a command of the control queue. Runs on the first worker only.
+fn obey(shared: &Shared, command: Command) -> Outcome {
+    let done = match command {
+        Command::Offloads(offloads) => {
+            let done = shared.tap.set_offload(tap_offload(offloads));
+            if done.is_ok() {
+                shared.offloads.store(offloads, Ordering::SeqCst);
+            }
+            done
+        }
+        Command::Pairs(pairs) => {
+            shared.tap.use_queues(pairs.into()).map(|()| shared.pairs.store(pairs, Ordering::SeqCst))
+        }
+    };
+    if let Err(error) = done {
+        tracing::warn!(nic = shared.id, tap = shared.tap.name(), ?command, %error, "the tap refused what the driver asked for");
+        return Outcome::Refused;
+    }
+    let others = shared.max_pairs().saturating_sub(1);
+    if others == 0 || !matches!(command, Command::Pairs(_)) {
+        return Outcome::Done;
+    }
+    shared.pairs_waiting.store(others, Ordering::SeqCst);
+    shared.pairs_generation.fetch_add(1, Ordering::SeqCst);
+    (1..shared.wakes.len()).for_each(|worker| shared.wake(worker));
+    Outcome::Waiting
+}
