@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -125,22 +125,34 @@ impl Vector {
     }
 }
 
-/// How a queue interrupts its driver: a vector, or nothing where the driver chose none (VIRTIO_MSI_NO_VECTOR).
+/// No vector at all (VIRTIO_MSI_NO_VECTOR, virtio 1.2 §4.1.5.1.2).
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// How a queue interrupts its driver: a vector, or nothing where the driver chose none ([`NO_VECTOR`]). The choice may change
+/// while the queue works: some drivers assign vectors after they have enabled their queues.
 #[derive(Clone)]
 pub struct QueueInterrupt {
-    vector: Option<Arc<Vector>>,
+    vectors: Arc<[Arc<Vector>]>,
+    chosen: Arc<AtomicU16>,
 }
 
 impl QueueInterrupt {
     /// Interrupts through `vector`; `None` stays silent.
     #[must_use]
     pub fn new(vector: Option<Arc<Vector>>) -> Self {
-        Self { vector }
+        let chosen = if vector.is_some() { 0 } else { NO_VECTOR };
+        Self { vectors: vector.into_iter().collect(), chosen: Arc::new(AtomicU16::new(chosen)) }
+    }
+
+    /// Interrupts through the one of `vectors` that `chosen` names at that moment; silent where it names none.
+    #[must_use]
+    pub fn chosen(vectors: Arc<[Arc<Vector>]>, chosen: Arc<AtomicU16>) -> Self {
+        Self { vectors, chosen }
     }
 
     /// Fires the vector, if there is one.
     pub fn trigger(&self) {
-        if let Some(vector) = &self.vector {
+        if let Some(vector) = self.vectors.get(usize::from(self.chosen.load(Ordering::Acquire))) {
             vector.trigger();
         }
     }
@@ -214,5 +226,20 @@ mod tests {
                 }
             }
         });
+    }
+
+    #[test]
+    fn a_queue_follows_its_vector_when_the_driver_chooses_another_one() {
+        let (first, first_event) = vector();
+        let (second, second_event) = vector();
+        first.unmask();
+        second.unmask();
+        let chosen = Arc::new(AtomicU16::new(NO_VECTOR));
+        let interrupt = QueueInterrupt::chosen([first, second].map(Arc::new).into(), Arc::clone(&chosen));
+        interrupt.trigger();
+        chosen.store(1, Ordering::Release);
+        interrupt.trigger();
+        assert!(first_event.read().is_err());
+        assert_eq!(second_event.read().unwrap(), 1);
     }
 }

@@ -1,1 +1,0 @@
-//! The virtio-pci transport (virtio 1.2 §4.1), modern only.
