@@ -16,6 +16,7 @@ pub mod interrupt;
 pub mod metrics;
 pub mod net;
 pub mod pci;
+mod throttle;
 pub mod virtio;
 
 use std::io;
