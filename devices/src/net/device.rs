@@ -178,6 +178,8 @@ pub struct VirtioNet {
     mac: [u8; 6],
     mtu: u16,
     lifecycle: Lifecycle,
+    /// Queues that the driver enabled but cannot use with the features that it took: kept as they are.
+    idle: Vec<StoppedQueue>,
     /// The driver has not started the card since the last reset.
     fresh: bool,
 }
@@ -209,7 +211,8 @@ impl VirtioNet {
         let mtu = mtu.unwrap_or(0);
         let lifecycle = Lifecycle::Stopped;
         // Complete before the first thread, so that a failure half-way ends the threads made so far.
-        let mut card = Self { shared, workers, queue_sizes, features, mac, mtu, lifecycle, fresh: true };
+        let mut card =
+            Self { shared, workers, queue_sizes, features, mac, mtu, lifecycle, idle: Vec::new(), fresh: true };
         for index in 0..usize::from(queue_pairs) {
             let (messages, inbox) = mpsc::channel();
             let (outbox, stopped) = mpsc::channel();
@@ -247,7 +250,7 @@ impl VirtioNet {
     }
 
     /// Sorts the driver's queues by worker (§5.1.2): the control queue comes after as many pairs as the driver can use.
-    fn lanes(&self, activation: &mut Activation) -> Result<Vec<Start>, StartError> {
+    fn lanes(&mut self, activation: &mut Activation) -> Result<Vec<Start>, StartError> {
         let pairs = if activation.has(features::MQ) { self.workers.len() } else { 1 };
         let fresh = self.fresh;
         let pairs_generation = self.shared.pairs_generation.load(Ordering::SeqCst);
@@ -268,6 +271,7 @@ impl VirtioNet {
         let indirect = activation.has(RING_INDIRECT_DESC);
         let control = activation.has(features::CTRL_VQ).then_some(2 * pairs);
         let memory = activation.memory.memory();
+        self.idle.clear();
         for queue in activation.queues.drain(..) {
             let index = queue.index;
             let number = usize::from(index);
@@ -282,8 +286,7 @@ impl VirtioNet {
             match place {
                 Some(place) if place.is_none() => *place = Some(Lane::new(queue, indirect, &memory)?),
                 Some(_) => return Err(StartError::Queue { index, reason: "it was given twice".to_owned() }),
-                // Enabled, but without a meaning under the features that were negotiated.
-                None => tracing::warn!(nic = self.shared.id, index, "the driver enabled a queue that it cannot use"),
+                None => self.idle.push(StoppedQueue { index, state: queue.queue.state() }),
             }
         }
         Ok(starts)
@@ -372,6 +375,7 @@ impl VirtioDevice for VirtioNet {
             return Err(StillBusy { requests, oldest: since.elapsed() });
         }
         let mut queues = std::mem::take(queues);
+        queues.append(&mut self.idle);
         queues.sort_by_key(|queue| queue.index);
         self.lifecycle = Lifecycle::Stopped;
         self.shared.set_signals(None);

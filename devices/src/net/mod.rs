@@ -15,6 +15,8 @@ mod rx;
 mod shared;
 mod sys;
 pub mod tap;
+#[cfg(test)]
+mod tests;
 mod tx;
 mod worker;
 

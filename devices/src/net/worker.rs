@@ -74,7 +74,6 @@ struct Running {
     control: Option<Control>,
     signals: Arc<dyn TransportSignals>,
     pairs_generation: u64,
-    purges: u64,
     purge_turns: u32,
 }
 
@@ -86,6 +85,8 @@ pub(super) struct Worker {
     epoll: Epoll,
     running: Option<Running>,
     carrier: bool,
+    /// [`Shared::purges`] as it was seen last.
+    purges: u64,
 }
 
 impl Worker {
@@ -101,7 +102,7 @@ impl Worker {
             let event = EpollEvent::new(EventSet::IN, WAKE);
             epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
         }
-        Ok(Self { index, shared, messages, stopped, epoll, running: None, carrier: true })
+        Ok(Self { index, shared, messages, stopped, epoll, running: None, carrier: true, purges: 0 })
     }
 
     /// The body of the thread.
@@ -169,7 +170,6 @@ impl Worker {
                 shared.tap_failed("prepare for the driver", &error);
             }
         }
-        let purges = shared.purges.load(Ordering::SeqCst);
         let max_pairs = shared.max_pairs();
         let merge = start.features & bit(features::MRG_RXBUF) != 0;
         let running = Running {
@@ -180,7 +180,6 @@ impl Worker {
             control: start.control.map(|lane| Control::new(lane, start.features, max_pairs)),
             signals: start.signals,
             pairs_generation: start.pairs_generation,
-            purges,
             purge_turns: if start.fresh { PURGE_TURNS } else { 0 },
         };
         for (kick, token) in running.kicks() {
@@ -247,6 +246,10 @@ impl Worker {
         let Some(running) = &mut self.running else { return false };
         let shared = &*self.shared;
         running.follow_memory(counters);
+        let purges = shared.purges.load(Ordering::SeqCst);
+        if std::mem::replace(&mut self.purges, purges) != purges {
+            running.purge_turns = PURGE_TURNS;
+        }
         let mut more = running.serve_control(shared);
         if self.index < usize::from(shared.pairs.load(Ordering::SeqCst)) {
             let was_blocked = running.tx_blocked();
@@ -337,24 +340,19 @@ impl Running {
             offloads,
             largest_frame: if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
         };
-        let purges = shared.purges.load(Ordering::SeqCst);
-        if std::mem::replace(&mut self.purges, purges) != purges {
-            self.purge_turns = PURGE_TURNS;
-        }
-        let mut more = false;
-        if let Some(tx) = &mut self.tx {
-            more |= settle(shared, &self.signals, tx.service(&context));
-        }
-        if let Some(rx) = &mut self.rx {
+        // First of all, so that what is thrown away cannot be an answer to what the driver sends now.
+        if self.purge_turns > 0
+            && let Some(rx) = &mut self.rx
+        {
+            let left = rx.discard(&context, &counters.rx_drops.stale);
+            self.purge_turns = if left { self.purge_turns - 1 } else { 0 };
             if self.purge_turns > 0 {
-                let left = rx.discard(&context, &counters.rx_drops.stale);
-                self.purge_turns = if left { self.purge_turns - 1 } else { 0 };
-                more |= left;
-            } else {
-                more |= settle(shared, &self.signals, rx.service(&context));
+                return true;
             }
         }
-        more
+        let sent = self.tx.as_mut().map_or(Ok(false), |tx| tx.service(&context));
+        let received = self.rx.as_mut().map_or(Ok(false), |rx| rx.service(&context));
+        settle(shared, &self.signals, sent) | settle(shared, &self.signals, received)
     }
 }
 
