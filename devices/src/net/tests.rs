@@ -3,6 +3,7 @@
 mod control;
 mod hostile;
 mod lifecycle;
+mod real;
 mod receive;
 mod transmit;
 

@@ -395,3 +395,174 @@ mod entropy {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::PlainThreads;
+    use crate::virtio::double::{Buffer, EVENT_IDX, INDIRECT_DESC, RecordedNotifier, TestDriver, UNMAPPED, Used};
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    fn running(features: u64) -> (VirtioRng, TestDriver, Arc<RecordedNotifier>) {
+        let notifier = Arc::new(RecordedNotifier::default());
+        let mut device = VirtioRng::new("rng", &PlainThreads, notifier.clone()).unwrap();
+        let mut driver = TestDriver::new(device.queue_sizes());
+        device.start(driver.activation(features)).unwrap();
+        (device, driver, notifier)
+    }
+
+    fn stop(device: &mut VirtioRng, notifier: &RecordedNotifier) -> Vec<StoppedQueue> {
+        device.stop().unwrap_or_else(|_| {
+            // `Drained` of an earlier stop may be seen again: ask until it is true.
+            notifier.wait(SOON, |event| *event == DeviceEvent::Drained).expect("the device says when it has drained");
+            let end = Instant::now() + SOON;
+            loop {
+                match device.stop() {
+                    Ok(queues) => return queues,
+                    Err(busy) => assert!(Instant::now() < end, "{busy}"),
+                }
+                std::thread::yield_now();
+            }
+        })
+    }
+
+    #[test]
+    fn every_byte_of_a_request_is_filled_with_what_differs_each_time() {
+        let (_device, mut driver, _) = running(EVENT_IDX | INDIRECT_DESC);
+        let address = driver.allocate(4096, 1);
+        let mut seen = Vec::new();
+        for indirect in [false, true] {
+            let buffers = [Buffer::writable(address, 100), Buffer::writable(address + 200, 33)];
+            let ring = driver.ring(0);
+            let head = if indirect { ring.add_indirect(&buffers) } else { ring.add(&buffers) };
+            ring.kick();
+            assert_eq!(ring.wait_used(SOON), Some(Used { head, length: 133 }));
+            assert!(ring.wait_interrupt(SOON));
+            ring.want_interrupts(true);
+            seen.push(driver.read(address, 100));
+            seen.push(driver.read(address + 200, 33));
+            assert_eq!(driver.read(address + 100, 100), [0; 100], "what was not asked for is left alone");
+        }
+        for (i, bytes) in seen.iter().enumerate() {
+            assert!(bytes.iter().filter(|byte| **byte == 0).count() < bytes.len() / 4);
+            assert!(seen[i + 1..].iter().all(|other| other[..33] != bytes[..33]));
+        }
+    }
+
+    #[test]
+    fn a_request_gets_no_more_than_its_limit_and_is_told_so() {
+        let (device, mut driver, _) = running(0);
+        let address = driver.allocate(1 << 20, 4096);
+        let head = driver.ring(0).add(&[Buffer::writable(address, 60_000), Buffer::writable(address + 60_000, 60_000)]);
+        driver.ring(0).kick();
+        assert_eq!(driver.ring(0).wait_used(SOON), Some(Used { head, length: 65_536 }));
+        assert_ne!(driver.read(address + 65_500, 36), [0; 36]);
+        assert_eq!(driver.read(address + 65_536, 100), [0; 100]);
+        let mut bytes = 0;
+        device.metrics().collect(&mut |sample| {
+            if let ("rng_bytes", Value::Counter(value)) = (sample.name, sample.value) {
+                bytes = value;
+            }
+        });
+        assert_eq!(bytes, 65_536);
+    }
+
+    #[test]
+    fn a_request_without_room_comes_back_empty() {
+        let (_device, mut driver, _) = running(0);
+        let address = driver.allocate(64, 1);
+        for buffer in [Buffer::readable(address, 64), Buffer::writable(address, 0)] {
+            let head = driver.ring(0).add(&[buffer]);
+            driver.ring(0).kick();
+            assert_eq!(driver.ring(0).wait_used(SOON), Some(Used { head, length: 0 }));
+        }
+    }
+
+    #[test]
+    fn a_stop_gives_positions_from_which_a_start_goes_on() {
+        let (mut device, mut driver, notifier) = running(0);
+        let address = driver.allocate(64, 1);
+        for _ in 0..300 {
+            let head = driver.ring(0).add(&[Buffer::writable(address, 8)]);
+            driver.ring(0).kick();
+            let stopped = stop(&mut device, &notifier);
+            assert_eq!(stopped.len(), 1);
+            assert_eq!(stopped[0].state.next_avail, stopped[0].state.next_used);
+            device.start(driver.resume(0, &stopped)).unwrap();
+            assert_eq!(driver.ring(0).wait_used(SOON), Some(Used { head, length: 8 }));
+        }
+        assert!(matches!(device.start(driver.activation(0)), Err(StartError::Running)));
+    }
+
+    #[test]
+    fn broken_chains_end_in_a_reset_after_which_the_device_works() {
+        let (mut device, mut driver, notifier) = running(0);
+        let address = driver.allocate(64, 1);
+        let good = driver.ring(0).add(&[Buffer::writable(address, 8)]);
+        driver.ring(0).add(&[Buffer::writable(UNMAPPED, 8)]);
+        driver.ring(0).kick();
+        driver.signals().wait_needs_reset(SOON).expect("the device asks for a reset");
+        assert_eq!(driver.ring(0).wait_used(SOON), Some(Used { head: good, length: 8 }));
+        driver.ring(0).kick_always();
+        stop(&mut device, &notifier);
+        device.reset();
+        device.start(driver.activation(0)).unwrap();
+        let table = driver.ring(0).addresses().0;
+        driver.ring(0).write_descriptor(table, 0, address, 8, 3, 0);
+        driver.ring(0).push_available(0);
+        driver.ring(0).publish();
+        driver.ring(0).kick();
+        // A chain that is its own next ends, too.
+        let end = Instant::now() + SOON;
+        while driver.signals().reset_reasons().len() < 2 {
+            assert!(Instant::now() < end, "the device asks for a reset");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_hundred_thousand_chains_of_garbage_neither_stop_nor_break_the_device() {
+        let (mut device, mut driver, notifier) = running(INDIRECT_DESC);
+        let base = driver.allocate(1 << 20, 4096);
+        let mut state = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = move |limit: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % limit
+        };
+        let mut resets = 0;
+        for _ in 0..100_000 / 64 {
+            let ring = driver.ring(0);
+            let table = ring.addresses().0;
+            for index in 0..ring.size() {
+                let address = if random(300) == 0 { random(u64::MAX) } else { base + random(1 << 19) };
+                let flags = if random(20) == 0 { random(8) } else { 2 + u64::from(random(3) == 0) };
+                let size = u64::from(ring.size());
+                ring.write_descriptor(table, index, address, random(200) as u32, flags as u16, random(size) as u16);
+            }
+            for _ in 0..64 {
+                ring.push_available(random(256) as u16);
+            }
+            ring.publish();
+            ring.kick_always();
+            // All of it is done, or something was found to be broken.
+            let end = Instant::now() + SOON;
+            while driver.ring(0).used_index() != 64 && driver.signals().reset_reasons().len() == resets {
+                assert!(Instant::now() < end, "the device is stuck");
+                std::thread::yield_now();
+            }
+            resets = driver.signals().reset_reasons().len();
+            stop(&mut device, &notifier);
+            device.reset();
+            device.start(driver.activation(INDIRECT_DESC)).unwrap();
+        }
+        assert!(resets > 100);
+        let head = driver.ring(0).add(&[Buffer::writable(base, 8)]);
+        driver.ring(0).kick();
+        assert_eq!(driver.ring(0).wait_used(SOON), Some(Used { head, length: 8 }));
+    }
+}
