@@ -342,3 +342,135 @@ fn low_dword(value: u64) -> u32 {
 fn high_dword(value: u64) -> u32 {
     low_dword(value >> 32)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IDENTITY: Identity = Identity {
+        vendor: 0x1af4,
+        device: 0x1042,
+        revision: 1,
+        class: 0x01_00_00,
+        subsystem_vendor: 0x1af4,
+        subsystem: 0x1100,
+    };
+
+    fn space() -> ConfigSpace {
+        ConfigSpace::new(&IDENTITY)
+    }
+
+    fn with_bars() -> ConfigSpace {
+        let mut space = space();
+        space.add_bar(0, BarKind::Memory64 { prefetchable: true }, 0x1_0000).unwrap();
+        space.add_bar(2, BarKind::Memory32 { prefetchable: false }, 0x1000).unwrap();
+        space.add_bar(3, BarKind::Io, 0x20).unwrap();
+        space
+    }
+
+    #[test]
+    fn identity_is_read_at_its_place_and_cannot_be_written() {
+        let mut space = space();
+        assert!(!space.write(0, &[0; 16]));
+        assert_eq!(space.dword(0), 0x1042_1af4);
+        assert_eq!(space.dword(8), 0x0100_0001);
+        assert_eq!(space.dword(0x2c), 0x1100_1af4);
+        assert_eq!(space.dword(0x0c) & 0xff_0000, 0, "header type 0, single function");
+    }
+
+    #[test]
+    fn sizing_a_bar_reads_back_its_size_and_its_kind() {
+        let mut space = with_bars();
+        for index in 0..4 {
+            assert!(!space.write(bar_register(index), &[0xff; 4]), "no address is decoded, so none can change");
+        }
+        assert_eq!(space.dword(0x10), 0xffff_000c);
+        assert_eq!(space.dword(0x14), 0xffff_ffff);
+        assert_eq!(space.dword(0x18), 0xffff_f000);
+        assert_eq!(space.dword(0x1c), 0xffff_ffe1);
+        space.write(bar_register(4), &[0xff; 8]);
+        assert_eq!((space.dword(0x20), space.dword(0x24)), (0, 0), "a BAR that does not exist reads zero");
+    }
+
+    #[test]
+    fn a_bar_answers_only_while_the_command_register_lets_it() {
+        let mut space = with_bars();
+        space.write(0x10, &0x0000_0012_3456_0000_u64.to_le_bytes());
+        space.write(0x18, &0xfe00_0000_u32.to_le_bytes());
+        space.write(0x1c, &0xc000_u32.to_le_bytes());
+        assert_eq!(space.bar_address(0), None);
+        assert!(space.write(COMMAND, &COMMAND_MEMORY.to_le_bytes()));
+        assert_eq!(space.bar_address(0), Some(0x12_3456_0000));
+        assert_eq!(space.bar_address(2), Some(0xfe00_0000));
+        assert_eq!(space.bar_address(3), None);
+        assert!(!space.write(COMMAND, &COMMAND_MEMORY.to_le_bytes()), "nothing changed");
+        assert!(space.write(COMMAND, &COMMAND_IO.to_le_bytes()));
+        assert_eq!((space.bar_address(0), space.bar_address(3)), (None, Some(0xc000)));
+        space.reset();
+        assert_eq!((space.word(COMMAND), space.dword(0x14)), (0, 0));
+    }
+
+    #[test]
+    fn a_bar_at_zero_or_past_the_end_of_memory_is_not_decoded() {
+        let mut space = with_bars();
+        space.write(COMMAND, &COMMAND_MEMORY.to_le_bytes());
+        assert_eq!(space.bar_address(0), None);
+        space.write(0x10, &[0xff; 8]);
+        assert_eq!(space.bar_address(0), None);
+        space.write(0x10, &0xffff_ffff_fffe_0000_u64.to_le_bytes());
+        assert_eq!(space.bar_address(0), Some(0xffff_ffff_fffe_0000));
+    }
+
+    #[test]
+    fn capabilities_are_a_list_in_the_order_they_were_added_until_the_room_is_used_up() {
+        let mut space = space();
+        assert_eq!(space.word(STATUS) & STATUS_CAPABILITIES, 0);
+        assert_eq!(space.add_capability(0x11, &[0; 10], &[0, 0xc0]), Ok(0x40));
+        assert_eq!(space.add_capability(0x09, &[0x5a; 15], &[]), Ok(0x4c));
+        assert_eq!(space.add_capability(0x05, &[0; 2], &[]), Ok(0x60));
+        let links: Vec<u16> = [0x34, 0x41, 0x4d, 0x61].map(|link| space.word(link) & 0xff).to_vec();
+        assert_eq!(links, [0x40, 0x4c, 0x60, 0]);
+        assert_ne!(space.word(STATUS) & STATUS_CAPABILITIES, 0);
+        space.write(0x40, &[0xff; 0x20]);
+        assert_eq!(space.word(0x42), 0xc000);
+        assert_eq!(space.word(0x4e), 0x5a5a);
+        assert_eq!(space.add_capability(9, &[0; 200], &[]), Err(ConfigError::NoRoom { id: 9, length: 202 }));
+    }
+
+    #[test]
+    fn status_bits_are_cleared_by_writing_one_and_kept_by_writing_zero() {
+        let mut space = space();
+        space.set(STATUS, &0xf910_u16.to_le_bytes());
+        space.write(STATUS, &0x1000_u16.to_le_bytes());
+        assert_eq!(space.word(STATUS), 0xe910);
+        space.write(STATUS, &[0xff, 0xff]);
+        assert_eq!(space.word(STATUS), 0x0010);
+    }
+
+    #[test]
+    fn bars_that_no_device_can_have_are_refused() {
+        let memory = BarKind::Memory64 { prefetchable: false };
+        let mut space = with_bars();
+        for (index, kind) in
+            [(0, BarKind::Io), (1, BarKind::Io), (2, memory), (1, memory), (5, memory), (6, BarKind::Io)]
+        {
+            assert_eq!(space.add_bar(index, kind, 0x100), Err(ConfigError::BadBar(index)));
+        }
+        assert_eq!(space.add_bar(4, BarKind::Fixed, 0x100), Err(ConfigError::BadBar(4)));
+        for length in [0, 8, 24, 1 << 63] {
+            assert_eq!(space.add_bar(4, memory, length), Err(ConfigError::BadBarLength { index: 4, length }));
+        }
+    }
+
+    #[test]
+    fn accesses_at_the_end_read_all_ones_beyond_it_and_write_nothing_there() {
+        let mut space = space();
+        let mut data = [0; 8];
+        space.read(CONFIG_SPACE_SIZE - 4, &mut data);
+        assert_eq!(data, [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        space.write(CONFIG_SPACE_SIZE - 4, &[0xff; 8]);
+        space.write(u16::MAX, &[0xff; 8]);
+        space.read(u16::MAX, &mut data);
+        assert_eq!(data, [0xff; 8]);
+    }
+}

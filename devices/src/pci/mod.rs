@@ -8,6 +8,8 @@ pub mod bridge;
 pub mod config;
 pub mod msix;
 mod root;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
