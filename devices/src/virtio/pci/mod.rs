@@ -58,6 +58,17 @@ pub enum TransportError {
     },
 }
 
+/// What the driver has made of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriverState {
+    /// It has not started the device, or has reset it.
+    Idle,
+    /// It uses the device.
+    Active,
+    /// It has broken the device and has to reset it.
+    NeedsReset,
+}
+
 /// A virtio device as a PCI function. Clones are handles to the same device.
 #[derive(Clone)]
 pub struct VirtioPci {
@@ -123,6 +134,15 @@ impl VirtioPci {
     #[must_use]
     pub fn id(&self) -> &str {
         self.shared.signals.id()
+    }
+
+    /// What the driver has made of the device so far.
+    #[must_use]
+    pub fn driver_state(&self) -> DriverState {
+        if self.shared.signals.is_broken() {
+            return DriverState::NeedsReset;
+        }
+        if self.shared.lock().transport.is_driven() { DriverState::Active } else { DriverState::Idle }
     }
 
     /// Stops the device and keeps its queue positions, until [`VirtioPci::resume`]. Pausing twice is harmless.
