@@ -50,7 +50,7 @@ impl Signals {
         &self.id
     }
 
-    /// The vectors; the last one that exists is as good as any other: the driver says what each is for.
+    /// The vectors of the function. The driver says what each of them is for.
     pub(super) fn vectors(&self) -> &Arc<[Arc<Vector>]> {
         &self.vectors
     }

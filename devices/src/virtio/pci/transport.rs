@@ -510,5 +510,5 @@ impl Transport {
 
 /// Which bits of a 64-bit feature word the selected window shows.
 fn feature_shift(select: u32) -> Option<u32> {
-    (select < 2).then_some(select * 32)
+    (select < 2).then(|| select * 32)
 }
