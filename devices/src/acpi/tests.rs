@@ -1,0 +1,237 @@
+use std::path::Path;
+use std::process::Command;
+
+use super::*;
+
+fn config(processors: u32) -> AcpiConfig {
+    AcpiConfig {
+        apic_ids: (0..processors).collect(),
+        ecam: Ecam { base: 0xb000_0000, last_bus: 255 },
+        mmio32: Window { first: 0xc000_0000, last: 0xfebf_ffff },
+        mmio64: Some(Window { first: 0x40_0000_0000, last: 0x7f_ffff_ffff }),
+        serial: true,
+        ioapic: AcpiConfig::IOAPIC,
+        ioapic_id: 0,
+    }
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_le_bytes(bytes[offset..offset + 4].try_into().unwrap())
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
+}
+
+/// The table at a guest-physical address, as an operating system finds it.
+fn table_at(placed: &Placed, address: u64) -> &[u8] {
+    let start = (address - placed.base) as usize;
+    let length = u32_at(&placed.image, start + 4) as usize;
+    &placed.image[start..start + length]
+}
+
+fn table<'a>(placed: &'a Placed, signature: &[u8; 4]) -> &'a [u8] {
+    let xsdt = table_at(placed, u64_at(&placed.image, 24));
+    xsdt[36..]
+        .chunks(8)
+        .map(|entry| table_at(placed, u64_at(entry, 0)))
+        .find(|table| table.starts_with(signature))
+        .unwrap()
+}
+
+fn placed(config: &AcpiConfig) -> Placed {
+    AcpiTables::build(config).unwrap().place(0xe0000).unwrap()
+}
+
+#[test]
+fn an_operating_system_finds_every_table_from_the_rsdp_with_valid_checksums() {
+    for processors in [1, 4, 254] {
+        let placed = placed(&config(processors));
+        let rsdp = &placed.image[..36];
+        assert_eq!(&rsdp[..8], b"RSD PTR ");
+        assert_eq!(rsdp[15], 2);
+        assert_eq!((sum(&rsdp[..20]), sum(rsdp)), (0, 0));
+        assert_eq!(placed.rsdp % 16, 0);
+        for signature in [b"FACP", b"APIC", b"MCFG", b"WAET"] {
+            assert_eq!(sum(table(&placed, signature)), 0);
+        }
+        let fadt = table(&placed, b"FACP");
+        let dsdt = table_at(&placed, u64_at(fadt, 140));
+        assert_eq!(u64::from(u32_at(fadt, 40)), u64_at(fadt, 140));
+        assert!(dsdt.starts_with(b"DSDT"));
+        assert_eq!(sum(dsdt), 0);
+        let facs = u64::from(u32_at(fadt, 36));
+        assert_eq!(facs % 64, 0);
+        assert!(table_at(&placed, facs).starts_with(b"FACS"));
+        assert_eq!(u64_at(fadt, 132), 0, "one FACS address only");
+    }
+}
+
+#[test]
+fn all_tables_carry_our_identifiers() {
+    let tables = AcpiTables::build(&config(2)).unwrap();
+    for table in tables.tables().iter().filter(|table| !["RSDP", "FACS"].contains(&table.name)) {
+        assert_eq!(&table.data[..4], table.name.as_bytes());
+        assert_eq!(u32_at(&table.data, 4) as usize, table.data.len());
+        assert_eq!(&table.data[10..24], b"RACKVMRACKVISR");
+    }
+    assert_eq!(&tables.tables()[0].data[9..15], b"RACKVM");
+}
+
+#[test]
+fn unplaced_tables_hold_no_address_and_no_checksum() {
+    let tables = AcpiTables::build(&config(2)).unwrap();
+    for pointer in tables.pointers() {
+        assert!(tables.tables()[pointer.table].data[pointer.offset..][..pointer.size].iter().all(|byte| *byte == 0));
+    }
+    for checksum in tables.checksums() {
+        assert_eq!(tables.tables()[checksum.table].data[checksum.offset], 0);
+    }
+    let (low, high) = (tables.place(0xe0000).unwrap(), tables.place(0x7ff0_0000).unwrap());
+    assert_eq!(low.image.len(), high.image.len());
+    assert_eq!(u64_at(&high.image, 24) - u64_at(&low.image, 24), 0x7ff0_0000 - 0xe0000);
+}
+
+#[test]
+fn the_fadt_describes_the_full_hardware_model() {
+    let placed = placed(&config(1));
+    let fadt = table(&placed, b"FACP");
+    assert_eq!(fadt.len(), 276);
+    assert_eq!((fadt[46], u32_at(fadt, 48), fadt[52], fadt[53]), (9, 0xb2, 2, 3));
+    assert_eq!((u32_at(fadt, 56), u32_at(fadt, 64), u32_at(fadt, 76), u32_at(fadt, 80)), (0x600, 0x604, 0x608, 0x620));
+    assert_eq!(fadt[88..95], [4, 2, 0, 4, 16, 0, 0]);
+    assert_eq!(fadt[108], 0x32, "century");
+    assert_eq!(fadt[109] & 0b10, 0, "no 8042");
+    let flags = u32_at(fadt, 112);
+    assert_eq!(flags & (1 << 20), 0, "not hardware-reduced");
+    assert_eq!(flags & (1 << 4), 0, "the power button is a fixed one");
+    for bit in [0, 2, 5, 8, 10] {
+        assert_ne!(flags & (1 << bit), 0, "flag {bit}");
+    }
+    assert_eq!(flags & (1 << 18), 0);
+    let reset = &fadt[116..129];
+    assert_eq!((reset[0], u64_at(reset, 4), reset[12]), (1, 0xcf9, 6));
+    // The extended addresses agree with the short ones.
+    for (short, long) in [(56, 148), (64, 172), (76, 208), (80, 220)] {
+        assert_eq!(u64::from(u32_at(fadt, short)), u64_at(fadt, long + 4));
+    }
+    let many = self::placed(&config(9));
+    assert_ne!(u32_at(table(&many, b"FACP"), 112) & (1 << 18), 0, "cluster model beyond 8 processors");
+}
+
+fn madt_entries(madt: &[u8]) -> Vec<&[u8]> {
+    let (mut entries, mut rest) = (Vec::new(), &madt[44..]);
+    while !rest.is_empty() {
+        let (entry, after) = rest.split_at(usize::from(rest[1]));
+        entries.push(entry);
+        rest = after;
+    }
+    entries
+}
+
+#[test]
+fn the_madt_lists_processors_io_apic_overrides_and_nmi() {
+    let placed = placed(&config(3));
+    let madt = table(&placed, b"APIC");
+    assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
+    let entries = madt_entries(madt);
+    assert_eq!(entries[2], [0, 8, 2, 2, 1, 0, 0, 0]);
+    assert_eq!(entries[3], [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
+    assert_eq!(entries[4], [2, 10, 0, 0, 2, 0, 0, 0, 0, 0]);
+    assert_eq!(entries[5], [2, 10, 0, 9, 9, 0, 0, 0, 13, 0]);
+    assert_eq!(entries[6], [4, 6, 0xff, 0, 0, 1]);
+    assert_eq!(entries.len(), 7);
+}
+
+#[test]
+fn apic_ids_above_254_get_x2apic_entries() {
+    let mut config = config(2);
+    config.apic_ids = vec![0, 254, 255, 300];
+    let placed = placed(&config);
+    let entries = madt_entries(table(&placed, b"APIC"));
+    let kinds: Vec<u8> = entries.iter().map(|entry| entry[0]).collect();
+    assert_eq!(kinds, [0, 0, 9, 9, 1, 2, 2, 4, 10]);
+    assert_eq!((u32_at(entries[3], 4), u32_at(entries[3], 12)), (300, 3));
+}
+
+#[test]
+fn mcfg_and_waet_say_what_the_machine_has() {
+    let placed = placed(&config(1));
+    let mcfg = table(&placed, b"MCFG");
+    assert_eq!((u64_at(mcfg, 44), mcfg[54], mcfg[55]), (0xb000_0000, 0, 255));
+    assert_eq!(u32_at(table(&placed, b"WAET"), 36), 3);
+}
+
+#[test]
+fn configurations_that_tables_cannot_express_are_refused() {
+    let build = |change: fn(&mut AcpiConfig)| {
+        let mut config = config(1);
+        change(&mut config);
+        AcpiTables::build(&config).unwrap_err()
+    };
+    assert_eq!(build(|c| c.apic_ids.clear()), AcpiError::Processors(0));
+    assert_eq!(build(|c| c.ecam.base = 0xb000_0001), AcpiError::Ecam(0xb000_0001));
+    assert_eq!(build(|c| c.ecam.base = 0u64.wrapping_sub(1 << 20)), AcpiError::Ecam(0u64.wrapping_sub(1 << 20)));
+    assert!(matches!(build(|c| c.mmio32.last = 1), AcpiError::Window { name: "32-bit", .. }));
+    assert!(matches!(build(|c| c.mmio32.first = 0xbfff_ffff), AcpiError::Window { name: "32-bit", .. }));
+    assert!(matches!(build(|c| c.mmio64 = Some(c.mmio32)), AcpiError::Window { name: "64-bit", .. }));
+    let tables = AcpiTables::build(&config(1)).unwrap();
+    assert!(matches!(tables.place(0xe0001), Err(AcpiError::Place { .. })));
+    assert!(matches!(tables.place(0xffff_ffc0), Err(AcpiError::Place { .. })));
+    assert!(matches!(tables.place(u64::MAX - 63), Err(AcpiError::Place { .. })));
+}
+
+#[test]
+fn the_dsdt_stays_small() {
+    let size = |processors| {
+        let tables = AcpiTables::build(&config(processors)).unwrap();
+        tables.tables().iter().find(|table| table.name == "DSDT").unwrap().data.len()
+    };
+    assert!(size(1) < 700, "{} bytes", size(1));
+    assert!(size(101) - size(1) <= 100 * 32, "{} bytes for each processor", (size(101) - size(1)) / 100);
+    assert!(placed(&config(254)).image.len() < 0x10000, "the E segment holds tables for 254 processors");
+}
+
+/// Runs iasl; gives its output, or fails the test with it.
+fn iasl(folder: &Path, arguments: &[&str]) -> String {
+    let output = Command::new("iasl").args(arguments).current_dir(folder).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "iasl {arguments:?}:\n{text}");
+    text
+}
+
+#[test]
+fn iasl_disassembles_every_table_and_compiles_it_again_without_error_or_warning() {
+    if Command::new("iasl").arg("-v").output().is_err() {
+        eprintln!(
+            "SKIPPED: iasl is not installed (Debian package acpica-tools); the ACPI tables were not checked by it"
+        );
+        return;
+    }
+    let without = AcpiConfig { serial: false, mmio64: None, ..config(1) };
+    for (config, name) in [(config(1), "one"), (config(300), "many"), (without, "bare")] {
+        let folder = std::env::temp_dir().join(format!("rackvisor-acpi-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let placed = placed(&config);
+        let fadt = table(&placed, b"FACP");
+        let tables = [fadt, table(&placed, b"APIC"), table(&placed, b"MCFG"), table(&placed, b"WAET")];
+        let pointed = [table_at(&placed, u64_at(fadt, 140)), table_at(&placed, u64::from(u32_at(fadt, 36)))];
+        for table in tables.into_iter().chain(pointed).chain([table_at(&placed, u64_at(&placed.image, 24))]) {
+            let signature = String::from_utf8(table[..4].to_vec()).unwrap().to_lowercase();
+            std::fs::write(folder.join(format!("{signature}.aml")), table).unwrap();
+            let text = iasl(&folder, &["-d", &format!("{signature}.aml")]);
+            assert!(!text.to_lowercase().contains("error") && !text.contains("Warning"), "{text}");
+            let text = iasl(&folder, &["-ve", "-p", "again", &format!("{signature}.dsl")]);
+            assert!(text.contains(" 0 Errors, 0 Warnings, 0 Remarks"), "{signature}: {text}");
+            let compiled = std::fs::read(folder.join("again.aml")).unwrap();
+            if signature == "dsdt" {
+                assert_eq!(compiled[36..], table[36..], "iasl compiles other code from our DSDT");
+            }
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
