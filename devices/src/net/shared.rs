@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::control::Command;
 use super::counters::PairCounters;
 use super::tap::{HEADER_SIZE, Tap};
 use super::{ETHERNET, MAX_FRAME};
@@ -35,6 +36,7 @@ pub(super) struct Shared {
     /// Workers that have yet to stop.
     pub(super) draining: AtomicU16,
     tap_lost: AtomicBool,
+    command_refused: AtomicBool,
     signals: Mutex<Option<Weak<dyn TransportSignals>>>,
     notifier: Arc<dyn DeviceNotifier>,
 }
@@ -63,6 +65,7 @@ impl Shared {
             pairs_waiting: AtomicU16::new(0),
             draining: AtomicU16::new(0),
             tap_lost: AtomicBool::new(false),
+            command_refused: AtomicBool::new(false),
             signals: Mutex::new(None),
             notifier,
         }
@@ -118,6 +121,14 @@ impl Shared {
         let remedy = "set it up with `ip link set up`, or restart the VM if it was deleted";
         tracing::warn!(nic = self.id, tap, action, %error, "the tap fails; frames are dropped: {remedy}");
         self.notify(DeviceEvent::BackendLost { reason: format!("tap {tap}: cannot {action}: {error}; {remedy}") });
+    }
+
+    /// The tap refused what the driver asked for. Logged the first time only: the driver can ask as often as it likes.
+    pub(super) fn command_refused(&self, command: Command, error: &io::Error) {
+        if !self.command_refused.swap(true, Ordering::Relaxed) {
+            let tap = self.tap.name();
+            tracing::warn!(nic = self.id, tap, ?command, %error, "the tap refuses what the driver asks for; so does the NIC");
+        }
     }
 
     /// A frame went through the tap.

@@ -184,29 +184,33 @@ impl Tap {
     }
 
     fn from_checked(name: String, fds: Vec<OwnedFd>) -> Result<Self, TapError> {
-        let fail = |action, error| TapError::Kernel { name: name.clone(), action, error };
-        let mut found_header = None;
-        let mut uso = false;
-        if let Some(fd) = fds.first().map(AsFd::as_fd) {
-            let features = sys::driver_features(fd).map_err(|error| fail("tell its features", error))?;
-            if features & u32::from(sys::IFF_VNET_HDR) == 0 {
-                return Err(fail("offer IFF_VNET_HDR", io::ErrorKind::Unsupported.into()));
-            }
-            let found = sys::header_size(fd).map_err(|error| fail("tell the header size", error))?;
-            let size = i32::try_from(HEADER_SIZE).unwrap_or(i32::MAX);
-            sys::set_header_size(fd, size).map_err(|error| fail("set the header size", error))?;
-            found_header = Some(found);
-            uso = sys::set_offload(fd, TUN_F_BASE | TUN_F_USO).is_ok();
-            if !uso {
-                sys::set_offload(fd, TUN_F_BASE).map_err(|error| fail("offer checksum and TSO offload", error))?;
-            }
-            sys::set_offload(fd, 0).map_err(|error| fail("switch offloads off", error))?;
-        }
-        for fd in &fds {
-            sys::set_nonblocking(fd.as_fd()).map_err(|error| fail("make it non-blocking", error))?;
-        }
         let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
-        Ok(Self { name, queues, uso, found_header, carrier_lost: AtomicBool::new(false) })
+        let mut tap = Self { name, queues, uso: false, found_header: None, carrier_lost: AtomicBool::new(false) };
+        // Dropped after a failure, it puts back what was set so far.
+        match tap.prepare() {
+            Ok(()) => Ok(tap),
+            Err((action, error)) => Err(TapError::Kernel { name: tap.name.clone(), action, error }),
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), (&'static str, io::Error)> {
+        for queue in &self.queues {
+            sys::set_nonblocking(queue.fd.as_fd()).map_err(|error| ("make it non-blocking", error))?;
+        }
+        let Some(first) = self.queues.first() else { return Ok(()) };
+        let fd = first.fd.as_fd();
+        let features = sys::driver_features(fd).map_err(|error| ("tell its features", error))?;
+        if features & u32::from(sys::IFF_VNET_HDR) == 0 {
+            return Err(("offer IFF_VNET_HDR", io::ErrorKind::Unsupported.into()));
+        }
+        self.found_header = Some(sys::header_size(fd).map_err(|error| ("tell the header size", error))?);
+        let size = i32::try_from(HEADER_SIZE).unwrap_or(i32::MAX);
+        sys::set_header_size(fd, size).map_err(|error| ("set the header size", error))?;
+        self.uso = sys::set_offload(fd, TUN_F_BASE | TUN_F_USO).is_ok();
+        if !self.uso {
+            sys::set_offload(fd, TUN_F_BASE).map_err(|error| ("offer checksum and TSO offload", error))?;
+        }
+        sys::set_offload(fd, 0).map_err(|error| ("switch offloads off", error))
     }
 
     /// Descriptors that keep frames apart but are no taps (sockets), for tests on machines without taps.

@@ -385,7 +385,7 @@ fn obey(shared: &Shared, command: Command) -> Outcome {
         }
     };
     if let Err(error) = done {
-        tracing::warn!(nic = shared.id, tap = shared.tap.name(), ?command, %error, "the tap refused what the driver asked for");
+        shared.command_refused(command, &error);
         return Outcome::Refused;
     }
     let others = shared.max_pairs().saturating_sub(1);

@@ -175,22 +175,26 @@ fn buffers_without_room_for_a_header_go_back_unused_and_are_counted() {
 
 #[test]
 fn new_ram_is_used_and_held_buffers_move_with_the_map() {
-    use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use crate::virtio::double::{RAM_BASE, RAM_SIZE};
     let mut card = Card::running(1, 16, MERGE);
     let (head, address) = card.give(BUFFER);
-    let (second, _) = card.give(BUFFER);
+    let (second, moved) = card.give(BUFFER);
     card.arrive(&frame(60, 15));
     assert_eq!(card.used(RX).head, head);
     assert_eq!(card.driver.read(address + 12, 60), frame(60, 15));
-    // The second buffer is laid out by now; the map grows.
-    let memory = card.driver.memory();
-    let (region, base) = (GuestMemoryMmap::from_ranges(&[(GuestAddress(1 << 32), 0x10000)]).unwrap(), 1u64 << 32);
-    let grown = memory.memory().insert_region(region.remove_region(GuestAddress(base), 0x10000).unwrap().1).unwrap();
+    // The second buffer is laid out by now. The map grows, and all of RAM moves to other host memory.
+    let (memory, base) = (card.driver.memory(), 1 << 32);
+    let ranges = [(GuestAddress(RAM_BASE), RAM_SIZE), (GuestAddress(base), 0x10000)];
+    let grown = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    grown.write_slice(&card.driver.read(RAM_BASE, RAM_SIZE), GuestAddress(RAM_BASE)).unwrap();
     memory.lock().unwrap().replace(grown);
     card.driver.ring(RX).add(&[Buffer::writable(base, BUFFER)]);
     card.driver.ring(RX).kick();
     card.arrive(&frame(61, 16));
     assert_eq!(card.used(RX), Used { head: second, length: 73 });
+    assert_eq!(card.driver.read(moved + 12, 61), frame(61, 16));
     card.arrive(&frame(62, 17));
     assert_eq!(card.used(RX).length, 74);
     assert_eq!(card.driver.read(base + 12, 62), frame(62, 17));
