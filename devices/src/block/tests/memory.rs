@@ -1,0 +1,182 @@
+//! A backend in memory that can be told to fail, to hold requests back, and to do less than it was asked for.
+
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::super::config::tests::geometry;
+use super::*;
+use crate::block::{BlockBackend, BlockSource, Completion, Event, Geometry, Operation, Request, Signal};
+
+/// A request as the backend got it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub id: u16,
+    pub operation: Operation,
+    pub offset: u64,
+    pub length: u64,
+    buffers: Vec<(usize, usize)>,
+}
+
+#[derive(Default)]
+struct Inner {
+    bytes: Vec<u8>,
+    /// What the next requests end with, if not with success.
+    results: VecDeque<Result<u64, i32>>,
+    held: bool,
+    pending: Vec<Seen>,
+    seen: Vec<Seen>,
+}
+
+/// The controls of a [`MemoryBackend`].
+#[derive(Clone)]
+pub struct MemoryDisk {
+    inner: Arc<Mutex<Inner>>,
+    changed: Arc<EventFd>,
+    geometry: Geometry,
+}
+
+impl MemoryDisk {
+    pub fn new(bytes: usize) -> Self {
+        let inner = Inner { bytes: vec![0; bytes], ..Inner::default() };
+        let geometry = Geometry { capacity: bytes as u64, ..geometry() };
+        Self { inner: Arc::new(Mutex::new(inner)), changed: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), geometry }
+    }
+
+    /// The next requests end like this: `Ok` bytes (done or not), or an errno.
+    pub fn results(&self, results: &[Result<u64, i32>]) {
+        self.inner.lock().unwrap().results.extend(results);
+    }
+
+    /// Requests stay in flight until they are let go.
+    pub fn hold(&self, held: bool) {
+        self.inner.lock().unwrap().held = held;
+        self.changed.write(1).unwrap();
+    }
+
+    pub fn pending(&self) -> usize {
+        self.inner.lock().unwrap().pending.len()
+    }
+
+    /// All requests so far: operation, offset, length.
+    pub fn seen(&self) -> Vec<(Operation, u64, u64)> {
+        self.inner.lock().unwrap().seen.iter().map(|seen| (seen.operation, seen.offset, seen.length)).collect()
+    }
+
+    /// A device on this disk.
+    pub fn bench(&self, options: BlockOptions) -> Bench {
+        let notifier = Arc::new(RecordedNotifier::default());
+        let backend = |_: &_| Ok(Box::new(MemoryBackend::new(self)) as Box<dyn BlockBackend>);
+        let source = Arc::new(self.clone());
+        let device = VirtioBlock::with_backends(&options, source, &backend, &PlainThreads, notifier.clone()).unwrap();
+        Bench::new(device, notifier)
+    }
+}
+
+impl BlockSource for MemoryDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn capacity(&self) -> io::Result<u64> {
+        Ok(self.inner.lock().unwrap().bytes.len() as u64)
+    }
+}
+
+struct MemoryBackend {
+    disk: MemoryDisk,
+    watches: [Option<EventFd>; 2],
+}
+
+impl MemoryBackend {
+    fn new(disk: &MemoryDisk) -> Self {
+        Self { disk: disk.clone(), watches: [None, None] }
+    }
+
+    fn take_done(&self, events: &mut Vec<Event>) {
+        let inner = &mut *self.disk.inner.lock().unwrap();
+        if inner.held {
+            return;
+        }
+        for request in std::mem::take(&mut inner.pending) {
+            let result = inner.results.pop_front().unwrap_or(Ok(request.length));
+            if result == Ok(request.length) {
+                perform(&mut inner.bytes, &request);
+            }
+            events.push(Event::Done(Completion { id: request.id, result }));
+        }
+    }
+}
+
+fn perform(bytes: &mut [u8], request: &Seen) {
+    let place = request.offset as usize..(request.offset + request.length) as usize;
+    let mut place = &mut bytes[place];
+    for &(base, length) in &request.buffers {
+        let (now, later) = place.split_at_mut(length);
+        // SAFETY: the buffers of a request are valid while it is pending.
+        unsafe {
+            match request.operation {
+                Operation::Read => std::ptr::copy(now.as_ptr(), base as *mut u8, length),
+                _ => std::ptr::copy(base as *const u8, now.as_mut_ptr(), length),
+            }
+        }
+        place = later;
+    }
+    if matches!(request.operation, Operation::WriteZeroes { .. }) {
+        place.fill(0);
+    }
+}
+
+impl BlockBackend for MemoryBackend {
+    fn watch(&mut self, signal: Signal, event: Option<EventFd>) -> io::Result<()> {
+        self.watches[signal as usize] = event;
+        Ok(())
+    }
+
+    unsafe fn submit(&mut self, request: Request<'_>) {
+        let Request { id, operation, offset, length, buffers } = request;
+        let buffers: Vec<_> = buffers.iter().map(|b| (b.iov_base as usize, b.iov_len)).collect();
+        let seen = Seen { id, operation, offset, length, buffers };
+        let mut inner = self.disk.inner.lock().unwrap();
+        inner.seen.push(seen.clone());
+        inner.pending.push(seen);
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
+        self.take_done(events);
+        let timeout = if events.is_empty() { timeout } else { Some(Duration::ZERO) };
+        let fd = |event: &EventFd| libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let none = libc::pollfd { fd: -1, events: 0, revents: 0 };
+        let [kick, command] = &self.watches;
+        let mut polled = [kick.as_ref().map_or(none, fd), command.as_ref().map_or(none, fd), fd(&self.disk.changed)];
+        let timeout = timeout.map_or(-1, |timeout| timeout.as_millis() as i32);
+        // SAFETY: three pollfds.
+        unsafe { libc::poll(polled.as_mut_ptr(), 3, timeout) };
+        for (position, signal) in [Signal::Kick, Signal::Command].into_iter().enumerate() {
+            if polled[position].revents != 0 {
+                let _ = self.watches[position].as_ref().unwrap().read();
+                events.push(Event::Signal(signal));
+            }
+        }
+        if polled[2].revents != 0 {
+            let _ = self.disk.changed.read();
+            self.take_done(events);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for MemoryBackend {
+    fn drop(&mut self) {
+        while self.disk.pending() > 0 {
+            let mut events = Vec::new();
+            self.wait(None, &mut events).unwrap();
+        }
+    }
+}
