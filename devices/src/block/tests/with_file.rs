@@ -16,9 +16,13 @@ struct TempFile(PathBuf);
 
 impl TempFile {
     fn new(bytes: u64) -> Self {
+        Self::at(std::env::temp_dir(), bytes)
+    }
+
+    fn at(directory: impl Into<PathBuf>, bytes: u64) -> Self {
         static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("rackvisor-block-{}-{number}", std::process::id()));
+        let path = directory.into().join(format!("rackvisor-block-{}-{number}", std::process::id()));
         File::create(&path).unwrap().set_len(bytes).unwrap();
         Self(path)
     }
@@ -438,4 +442,84 @@ fn a_read_that_the_file_ends_in_fails_and_says_so() {
     assert_eq!(bench.read(SIZE / 512 - 2, 1024).0, REFUSED, "half of it is there: that is not success");
     let failed = |event: &DeviceEvent| matches!(event, DeviceEvent::IoError { errno: libc::EIO, .. });
     assert!(bench.notifier.wait(SOON, failed).is_some());
+}
+
+#[test]
+fn zeroes_are_written_where_the_file_system_cannot_make_them() {
+    // tmpfs punches holes, but has no other way to make zeroes than to write them.
+    let file = TempFile::at("/dev/shm", SIZE);
+    let mut bench = Bench::open(file.options()).unwrap().started(0);
+    let large = 3 << 20;
+    for (flags, sectors) in [(0, large / 512 - 16), (1, large / 512 - 16), (0, 1)] {
+        OpenOptions::new().write(true).open(&file.0).unwrap().write_all_at(&vec![7; large], 0).unwrap();
+        assert_eq!(bench.ranges(WRITE_ZEROES, &[(8, sectors as u32, flags)]), ok(1));
+        let mut expected = vec![7; large];
+        expected[8 * 512..(8 + sectors) * 512].fill(0);
+        assert!(file.bytes(0, large) == expected, "{sectors} sectors, flags {flags}");
+    }
+}
+
+#[test]
+fn two_queues_full_of_requests_lose_no_kick_and_mix_up_no_data() {
+    for (direct, features) in [(false, FLUSH), (true, FLUSH | EVENT_IDX)] {
+        let file = TempFile::new(SIZE);
+        let direct = direct && direct_works(&file.0);
+        let options = BlockOptions { queues: 2, queue_size: 32, direct: Some(direct), ..file.options() };
+        let mut bench = Bench::open(options).unwrap().started(features);
+        let mut random = Random(99);
+        // Each slot of a queue has its own sectors, header, status and data; `holds` is what its sectors hold.
+        let slots = 10_usize;
+        let base = bench.driver.allocate(2 * slots as u64 * 8192, 8192);
+        let place = |queue: usize, slot: usize| base + 8192 * (queue * slots + slot) as u64;
+        let mut holds = vec![vec![vec![0; 4096]; slots]; 2];
+        let mut flying: Vec<Vec<(u16, usize, bool)>> = vec![Vec::new(); 2];
+        for step in 0..6000_u64 {
+            let queue = random.below(2) as usize;
+            for slot in 0..slots {
+                if flying[queue].iter().any(|(_, busy, _)| *busy == slot) || random.below(2) == 0 {
+                    continue;
+                }
+                let writes = random.below(2) == 0;
+                let at = place(queue, slot);
+                let mut header = [0; 16];
+                header[0] = u8::from(writes);
+                header[8..].copy_from_slice(&(8 * (queue * slots + slot) as u64).to_le_bytes());
+                bench.driver.write(at, &header);
+                bench.driver.write(at + 16, &[0xaa]);
+                if writes {
+                    holds[queue][slot] = pattern(step * 16 + slot as u64, 4096);
+                    bench.driver.write(at + 4096, &holds[queue][slot]);
+                } else {
+                    bench.driver.write(at + 4096, &[0xee; 4096]);
+                }
+                let data = Buffer { address: at + 4096, length: 4096, writable: !writes };
+                let chain = [Buffer::readable(at, 16), data, Buffer::writable(at + 16, 1)];
+                let head = bench.driver.ring(queue).stage(&chain);
+                flying[queue].push((head, slot, writes));
+            }
+            bench.driver.ring(queue).publish();
+            bench.driver.ring(queue).kick();
+            for _ in 0..random.below(flying[queue].len() as u64 + 1) {
+                let used = bench.driver.ring(queue).wait_used(SOON).expect("no kick is lost");
+                let index = flying[queue].iter().position(|(head, _, _)| *head == used.head).expect("a head in flight");
+                let (_, slot, writes) = flying[queue].swap_remove(index);
+                let at = place(queue, slot);
+                assert_eq!(bench.driver.read(at + 16, 1), [STATUS_OK]);
+                assert_eq!(used.length, if writes { 1 } else { 4097 });
+                assert!(bench.driver.read(at + 4096, 4096) == holds[queue][slot], "step {step}");
+            }
+        }
+        for (queue, left) in flying.iter().enumerate() {
+            for _ in left {
+                bench.driver.ring(queue).wait_used(SOON).expect("no kick is lost");
+            }
+        }
+        for (queue, stopped) in bench.stop().iter().enumerate() {
+            assert_eq!(stopped.state.next_avail, stopped.state.next_used);
+            let ring = bench.driver.ring(queue);
+            assert_eq!((ring.take_used(), ring.free_descriptors()), (None, 32));
+        }
+        let kicks = bench.driver.ring(0).kicks() + bench.driver.ring(1).kicks();
+        assert!(bench.metric("disk_requests", None) > kicks, "{kicks} kicks are too many");
+    }
 }

@@ -61,6 +61,12 @@ impl RecordedSignals {
         self.log.all().into_iter().flatten().collect()
     }
 
+    /// How often the device asked for a reset.
+    #[must_use]
+    pub fn resets(&self) -> usize {
+        self.log.entries.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().count()
+    }
+
     /// Waits until the device has asked for a reset; gives the first reason.
     #[must_use]
     pub fn wait_needs_reset(&self, timeout: Duration) -> Option<String> {
