@@ -443,3 +443,15 @@ impl Drop for UringBackend {
         let _ = self.ring.submitter().unregister_files();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stable_write_asks_the_kernel_for_stable_data() {
+        assert_eq!(write_flags(Operation::Write { stable: true }), libc::RWF_DSYNC);
+        assert_eq!(write_flags(Operation::Write { stable: false }), 0);
+        assert_eq!(write_flags(Operation::Read), 0);
+    }
+}

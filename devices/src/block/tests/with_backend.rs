@@ -13,6 +13,16 @@ fn bench(disk: &MemoryDisk) -> Bench {
     disk.bench(BlockOptions::new("root", ""))
 }
 
+/// Waits until the worker has acted on all that it was told before.
+fn worker_turns(bench: &mut Bench) {
+    // The second kick wakes it after the turn that the first one was in.
+    for _ in 0..2 {
+        let kicks = bench.metric("disk_kicks", None);
+        bench.driver.ring(0).kick_always();
+        eventually(|| bench.metric("disk_kicks", None) > kicks);
+    }
+}
+
 #[test]
 fn every_error_of_the_host_reaches_the_guest_the_metrics_and_the_events() {
     let disk = MemoryDisk::new(SIZE);
@@ -158,6 +168,7 @@ fn a_stop_during_a_request_is_busy_until_it_has_ended_and_nothing_is_written_aft
     assert!(bench.device.handle().in_flight().1 > Duration::ZERO);
     let activation = bench.driver.resume(FLUSH, &[]);
     assert!(matches!(bench.device.start(activation), Err(StartError::Running)));
+    worker_turns(&mut bench);
     assert!(bench.device.stop().is_err(), "asking again changes nothing");
     assert_eq!(bench.driver.read(data, 4096), [1; 4096]);
     disk.hold(false);
@@ -183,7 +194,7 @@ fn a_stopped_queue_takes_no_request_before_it_is_started_again() {
     eventually(|| disk.pending() == 1);
     assert!(bench.device.stop().is_err());
     let second = bench.send(0, T_FLUSH, 0, &[]);
-    bench.driver.ring(0).kick_always();
+    worker_turns(&mut bench);
     disk.hold(false);
     let stopped = bench.stop();
     assert_eq!(bench.answer(0, first), ok(1));

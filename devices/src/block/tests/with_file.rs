@@ -475,7 +475,7 @@ fn two_queues_full_of_requests_lose_no_kick_and_mix_up_no_data() {
         let mut flying: Vec<Vec<(u16, usize, bool)>> = vec![Vec::new(); 2];
         for step in 0..6000_u64 {
             let queue = random.below(2) as usize;
-            for slot in 0..slots {
+            for (slot, held) in holds[queue].iter_mut().enumerate() {
                 if flying[queue].iter().any(|(_, busy, _)| *busy == slot) || random.below(2) == 0 {
                     continue;
                 }
@@ -487,8 +487,8 @@ fn two_queues_full_of_requests_lose_no_kick_and_mix_up_no_data() {
                 bench.driver.write(at, &header);
                 bench.driver.write(at + 16, &[0xaa]);
                 if writes {
-                    holds[queue][slot] = pattern(step * 16 + slot as u64, 4096);
-                    bench.driver.write(at + 4096, &holds[queue][slot]);
+                    *held = pattern(step * 16 + slot as u64, 4096);
+                    bench.driver.write(at + 4096, held);
                 } else {
                     bench.driver.write(at + 4096, &[0xee; 4096]);
                 }
