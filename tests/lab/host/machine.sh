@@ -6,7 +6,7 @@
 # files that `tail` passes on: nothing can be lost when QEMU ends, and no byte is interpreted.
 
 readonly BOOT_LIMIT=150     # seconds until the command must have started
-readonly HEARTBEAT_LIMIT=90 # seconds without the lab's heartbeat, which comes every 3
+heartbeat_limit=${LAB_HANG_AFTER:-90} # seconds without the lab's heartbeat, which comes every 2
 
 qemu_pid='' tail_pids=()
 
@@ -20,7 +20,7 @@ fill_share() {
     write_environment >"$share/environment"
     : >"$share/stdout"
     : >"$share/stderr"
-    if ((interactive)); then : >"$share/interactive"; fi
+    if ((interactive)); then stty size >"$share/interactive"; fi
     if [[ -e $work/stdin ]]; then ln "$work/stdin" "$share/stdin"; fi
     if [[ -n $san ]]; then echo "$san" >"$share/san"; fi
     if [[ -n $sdn ]]; then echo "$sdn" >"$share/sdn"; fi
@@ -41,7 +41,7 @@ start_qemu() {
         -M q35 -accel tcg,thread=multi -cpu EPYC,+svm,+npt,-xsaves -smp "$cpus" -m "$memory"
         -nodefaults -no-user-config -display none -no-reboot
         -kernel "$kernel_image" -initrd "$initrd_image"
-        -append "console=ttyS0 panic=-1 quiet mitigations=off apparmor=0 tsc=reliable ${LAB_KERNEL_ARGS:-}"
+        -append "console=ttyS0 panic=-1 oops=panic quiet mitigations=off apparmor=0 tsc=reliable ${LAB_KERNEL_ARGS:-}"
         -serial "file:$console"
         -virtfs "local,path=/,mount_tag=host,security_model=none,multidevs=remap,readonly=on"
         -virtfs "local,path=$share,mount_tag=lab,security_model=none"
@@ -104,18 +104,30 @@ watch_lab() {
         fi
         if ((SECONDS - began >= timeout)); then
             verdict=timeout
+            list_processes
+            return
+        fi
+        if [[ -z $beat ]] && ((SECONDS - began >= 60)); then
+            reason='it did not boot within 60 s'
             return
         fi
         if [[ ! -e $share/started ]] && ((SECONDS - began >= BOOT_LIMIT)); then
             reason="it was not ready after $BOOT_LIMIT s"
             return
         fi
-        if ((SECONDS - seen >= HEARTBEAT_LIMIT)); then
-            reason="its kernel hangs: no sign of life for $HEARTBEAT_LIMIT s"
+        if ((SECONDS - seen >= heartbeat_limit)); then
+            reason="its kernel hangs: no sign of life for $heartbeat_limit s"
             return
         fi
         pause
     done
+}
+
+# Asks the lab what it is doing; it may be past answering.
+list_processes() {
+    local end=$((SECONDS + 4))
+    : >"$share/list-processes"
+    until [[ -e $share/processes ]] || ((SECONDS >= end)); do pause; done
 }
 
 run_once() {
@@ -133,7 +145,7 @@ run_once() {
 # What the lab's kernel, its set-up and QEMU said last.
 show_logs() {
     local file
-    for file in "$console" "$share/setup.log" "$work/qemu.log"; do
+    for file in "$console" "$share/setup.log" "$work/qemu.log" "$share/processes"; do
         [[ -s $file ]] || continue
         cp "$file" "$out/lab-$(basename "$file")" 2>/dev/null || true
         say "the end of $(basename "$file"):"
