@@ -56,17 +56,13 @@ impl Request {
     /// The row of the state table that decides this request.
     pub fn kind(&self) -> RequestKind {
         match self {
-            Self::Describe
-            | Self::ListDisks
-            | Self::GetDisk(_)
-            | Self::ListNics
-            | Self::GetNic(_) => RequestKind::Query,
+            Self::Describe | Self::ListDisks | Self::GetDisk(_) | Self::ListNics | Self::GetNic(_) => {
+                RequestKind::Query
+            }
             Self::Define(_) => RequestKind::Define,
             Self::Forget => RequestKind::Forget,
             Self::Act(action) => RequestKind::Act(*action),
-            Self::PutDisk(_) | Self::DeleteDisk(_) | Self::PutNic(_) | Self::DeleteNic(_) => {
-                RequestKind::EditDevices
-            }
+            Self::PutDisk(_) | Self::DeleteDisk(_) | Self::PutNic(_) | Self::DeleteNic(_) => RequestKind::EditDevices,
             Self::PatchDisk(..) | Self::PatchNic(..) => RequestKind::PatchDevice,
         }
     }
@@ -324,10 +320,7 @@ fn no_answer() -> Problem {
 fn timed_out(deadline: Duration) -> Problem {
     Problem::new(
         Code::ControlTimeout,
-        format!(
-            "no answer within {} s; the request may still take effect",
-            deadline.as_secs()
-        ),
+        format!("no answer within {} s; the request may still take effect", deadline.as_secs()),
         "GET /v1/vm tells whether it did; if that hangs too, the log of the VMM says what it waits for",
     )
 }
@@ -340,10 +333,7 @@ mod tests {
     fn a_dropped_reply_answers_that_there_is_no_answer() {
         let (reply, answer) = Reply::to_thread();
         drop(reply);
-        assert_eq!(
-            answer.wait(Duration::from_secs(60)).unwrap_err().code,
-            Code::NoAnswer
-        );
+        assert_eq!(answer.wait(Duration::from_secs(60)).unwrap_err().code, Code::NoAnswer);
     }
 
     #[test]
@@ -353,10 +343,7 @@ mod tests {
         assert_eq!(answer.wait(Duration::from_secs(60)), Ok(Response::Deleted));
 
         let (reply, answer) = Reply::to_thread();
-        assert_eq!(
-            answer.wait(Duration::ZERO).unwrap_err().code,
-            Code::ControlTimeout
-        );
+        assert_eq!(answer.wait(Duration::ZERO).unwrap_err().code, Code::ControlTimeout);
         reply.send(Ok(Response::Deleted));
     }
 }

@@ -129,9 +129,7 @@ impl Serialize for Timestamp {
 impl<'de> Deserialize<'de> for Timestamp {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        humantime::parse_rfc3339(&text)
-            .map(Self)
-            .map_err(D::Error::custom)
+        humantime::parse_rfc3339(&text).map(Self).map_err(D::Error::custom)
     }
 }
 
@@ -153,9 +151,7 @@ struct Ring {
 impl Ring {
     /// The id of the oldest event that is kept, or of the next one if there is none.
     fn oldest(&self) -> u64 {
-        self.events
-            .front()
-            .map_or(self.newest.saturating_add(1), |event| event.id)
+        self.events.front().map_or(self.newest.saturating_add(1), |event| event.id)
     }
 
     fn get(&self, id: u64) -> Option<Arc<Event>> {
@@ -178,15 +174,8 @@ impl EventLog {
 
     /// An empty log that keeps `capacity` events, at least one.
     pub fn with_capacity(capacity: usize) -> Self {
-        let ring = Ring {
-            events: VecDeque::new(),
-            newest: 0,
-            capacity: capacity.max(1),
-        };
-        Self {
-            ring: Mutex::new(ring),
-            newest: watch::Sender::new(0),
-        }
+        let ring = Ring { events: VecDeque::new(), newest: 0, capacity: capacity.max(1) };
+        Self { ring: Mutex::new(ring), newest: watch::Sender::new(0) }
     }
 
     /// Adds an event and returns its id. Callable from any thread; waits for no reader.
@@ -198,12 +187,7 @@ impl EventLog {
         if ring.events.len() >= ring.capacity {
             ring.events.pop_front();
         }
-        ring.events.push_back(Arc::new(Event {
-            id,
-            time,
-            vm: vm.to_owned(),
-            what,
-        }));
+        ring.events.push_back(Arc::new(Event { id, time, vm: vm.to_owned(), what }));
         drop(ring);
         // `max`, because two publishers may come here in the other order.
         self.newest.send_modify(|newest| *newest = id.max(*newest));
@@ -220,11 +204,7 @@ impl EventLog {
     /// An `id` that was never given out belongs to an earlier process: the log is followed from its beginning.
     pub fn follow_after(self: &Arc<Self>, id: u64) -> Subscription {
         let id = if id > self.newest() { 0 } else { id };
-        Subscription {
-            next: id.saturating_add(1),
-            watch: self.newest.subscribe(),
-            log: Arc::clone(self),
-        }
+        Subscription { next: id.saturating_add(1), watch: self.newest.subscribe(), log: Arc::clone(self) }
     }
 
     /// Follows the log with the events from now on.
@@ -254,11 +234,7 @@ impl Subscription {
         if self.next < oldest {
             // From the very beginning nothing is missed as long as event 1 is there.
             let missed = oldest - self.next;
-            let vm = ring
-                .events
-                .front()
-                .map(|event| event.vm.clone())
-                .unwrap_or_default();
+            let vm = ring.events.front().map(|event| event.vm.clone()).unwrap_or_default();
             drop(ring);
             self.next = oldest;
             // Carries the id of the last event that is missing, so a reconnect with it goes on after the gap.
@@ -294,9 +270,7 @@ mod tests {
     use super::*;
 
     fn ids(subscription: &mut Subscription) -> Vec<u64> {
-        std::iter::from_fn(|| subscription.try_next())
-            .map(|event| event.id)
-            .collect()
+        std::iter::from_fn(|| subscription.try_next()).map(|event| event.id).collect()
     }
 
     #[test]
@@ -331,10 +305,7 @@ mod tests {
         }
         assert_eq!(log.lock().events.len(), 4);
         let lagged = slow.try_next().unwrap();
-        assert_eq!(
-            (lagged.id, &lagged.what),
-            (6, &EventKind::Lagged { missed: 6 })
-        );
+        assert_eq!((lagged.id, &lagged.what), (6, &EventKind::Lagged { missed: 6 }));
         assert_eq!(ids(&mut slow), [7, 8, 9, 10]);
     }
 
@@ -346,9 +317,7 @@ mod tests {
             let log = Arc::clone(&log);
             move || log.publish("vm", EventKind::GuestShutdown)
         });
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let event = runtime.block_on(follower.next());
         assert_eq!((event.id, publisher.join().unwrap()), (1, 1));
     }
@@ -356,44 +325,19 @@ mod tests {
     #[test]
     fn every_kind_survives_json_under_its_name_and_a_new_kind_is_readable() {
         let kinds = [
-            EventKind::StateChanged {
-                from: VmState::Running,
-                to: VmState::Stopped,
-                cause: None,
-            },
+            EventKind::StateChanged { from: VmState::Running, to: VmState::Stopped, cause: None },
             EventKind::GuestReset,
             EventKind::GuestShutdown,
-            EventKind::Crashed {
-                cause: "triple fault".into(),
-            },
-            EventKind::DeviceError {
-                device: "root".into(),
-                detail: "EIO".into(),
-            },
-            EventKind::DiskResized {
-                device: "root".into(),
-                capacity: 1 << 40,
-            },
-            EventKind::LinkChanged {
-                device: "net0".into(),
-                link: Link::Down,
-            },
+            EventKind::Crashed { cause: "triple fault".into() },
+            EventKind::DeviceError { device: "root".into(), detail: "EIO".into() },
+            EventKind::DiskResized { device: "root".into(), capacity: 1 << 40 },
+            EventKind::LinkChanged { device: "net0".into(), link: Link::Down },
             EventKind::Lagged { missed: 3 },
-            EventKind::Other {
-                kind: "from-the-future".into(),
-                data: serde_json::json!({"a": 1}),
-            },
+            EventKind::Other { kind: "from-the-future".into(), data: serde_json::json!({"a": 1}) },
         ];
         for what in kinds {
-            let time = Timestamp(
-                SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(1_795_000_000_123),
-            );
-            let event = Event {
-                id: 7,
-                time,
-                vm: "db01".into(),
-                what,
-            };
+            let time = Timestamp(SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(1_795_000_000_123));
+            let event = Event { id: 7, time, vm: "db01".into(), what };
             let value = serde_json::to_value(&event).unwrap();
             assert_eq!(value["kind"], event.what.name());
             assert_eq!(serde_json::from_value::<Event>(value).unwrap(), event);

@@ -5,12 +5,16 @@
 //! it sends a [`control::Request`] and waits, with a deadline, for the answer. [`state`] is the state machine as a
 //! pure function; [`events`] the bounded log behind `GET /v1/events`; every error is a [`problem::Problem`].
 
+pub mod client;
 pub mod config;
 pub mod control;
 pub mod events;
 pub mod problem;
+pub mod server;
 pub mod size;
 pub mod state;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use config::VmConfig;
 pub use problem::{Code, Problem};

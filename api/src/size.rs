@@ -11,14 +11,7 @@ use utoipa::openapi::{RefOr, schema::SchemaFormat};
 use utoipa::{PartialSchema, ToSchema};
 
 /// Binary units, largest first, with the power of two they stand for.
-const UNITS: [(&str, u32); 6] = [
-    ("EiB", 60),
-    ("PiB", 50),
-    ("TiB", 40),
-    ("GiB", 30),
-    ("MiB", 20),
-    ("KiB", 10),
-];
+const UNITS: [(&str, u32); 6] = [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
 
 /// A number of bytes, 0 to 2⁶⁴−1.
 ///
@@ -52,10 +45,7 @@ impl ByteSize {
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = match UNITS
-            .iter()
-            .find(|(_, shift)| self.0 != 0 && self.0.trailing_zeros() >= *shift)
-        {
+        let text = match UNITS.iter().find(|(_, shift)| self.0 != 0 && self.0.trailing_zeros() >= *shift) {
             Some((unit, shift)) => format!("{}{unit}", self.0 >> shift),
             None => format!("{}B", self.0),
         };
@@ -79,9 +69,7 @@ impl FromStr for ByteSize {
     type Err = BadSize;
 
     fn from_str(text: &str) -> Result<Self, BadSize> {
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len());
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let (number, unit) = text.split_at(digits);
         let shift = match unit {
             "" | "B" => 0,
@@ -133,9 +121,7 @@ impl<'de> Deserialize<'de> for ByteSize {
             }
 
             fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<ByteSize, E> {
-                u64::try_from(value)
-                    .map(ByteSize)
-                    .map_err(|_| E::custom(format!("a size cannot be negative: {value}")))
+                u64::try_from(value).map(ByteSize).map_err(|_| E::custom(format!("a size cannot be negative: {value}")))
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ByteSize, E> {
@@ -201,42 +187,19 @@ mod tests {
     fn short_units_are_binary_and_plain_numbers_are_bytes() {
         assert_eq!("1G".parse(), Ok(ByteSize::gib(1)));
         assert_eq!("4096".parse(), Ok(ByteSize(4096)));
-        assert_eq!(
-            serde_json::from_str::<ByteSize>("4096").unwrap(),
-            ByteSize(4096)
-        );
-        assert_eq!(
-            serde_json::from_str::<ByteSize>("\"2GiB\"").unwrap(),
-            ByteSize::gib(2)
-        );
+        assert_eq!(serde_json::from_str::<ByteSize>("4096").unwrap(), ByteSize(4096));
+        assert_eq!(serde_json::from_str::<ByteSize>("\"2GiB\"").unwrap(), ByteSize::gib(2));
     }
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for text in [
-            "",
-            "GiB",
-            "2GB",
-            "2 GiB",
-            "-1",
-            "+1",
-            "1.5GiB",
-            "2gib",
-            "16EiB",
-            "18446744073709551616",
-            "1GiBx",
-            "é",
-        ] {
-            assert!(
-                text.parse::<ByteSize>().is_err(),
-                "{text:?} was read as a size"
-            );
+        for text in
+            ["", "GiB", "2GB", "2 GiB", "-1", "+1", "1.5GiB", "2gib", "16EiB", "18446744073709551616", "1GiBx", "é"]
+        {
+            assert!(text.parse::<ByteSize>().is_err(), "{text:?} was read as a size");
         }
         for json in ["-1", "1.5", "null", "[1]", "1e3"] {
-            assert!(
-                serde_json::from_str::<ByteSize>(json).is_err(),
-                "{json} was read as a size"
-            );
+            assert!(serde_json::from_str::<ByteSize>(json).is_err(), "{json} was read as a size");
         }
     }
 }

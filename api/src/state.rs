@@ -48,14 +48,8 @@ pub enum VmState {
 
 impl VmState {
     /// All states.
-    pub const ALL: [VmState; 6] = [
-        Self::Undefined,
-        Self::Defined,
-        Self::Running,
-        Self::Paused,
-        Self::Stopped,
-        Self::Crashed,
-    ];
+    pub const ALL: [VmState; 6] =
+        [Self::Undefined, Self::Defined, Self::Running, Self::Paused, Self::Stopped, Self::Crashed];
 
     /// The kebab-case name.
     pub const fn as_str(self) -> &'static str {
@@ -98,15 +92,8 @@ pub enum Action {
 
 impl Action {
     /// All actions.
-    pub const ALL: [Action; 7] = [
-        Self::Boot,
-        Self::Pause,
-        Self::Resume,
-        Self::Reset,
-        Self::PowerButton,
-        Self::Shutdown,
-        Self::Nmi,
-    ];
+    pub const ALL: [Action; 7] =
+        [Self::Boot, Self::Pause, Self::Resume, Self::Reset, Self::PowerButton, Self::Shutdown, Self::Nmi];
 
     /// The kebab-case name, which is also the last part of its path.
     pub const fn as_str(self) -> &'static str {
@@ -176,9 +163,7 @@ impl RequestKind {
 
     /// The states in which the request is legal.
     pub fn legal_states(self) -> impl Iterator<Item = VmState> {
-        VmState::ALL
-            .into_iter()
-            .filter(move |state| decide(*state, self).is_ok())
+        VmState::ALL.into_iter().filter(move |state| decide(*state, self).is_ok())
     }
 }
 
@@ -209,12 +194,7 @@ pub struct Illegal {
 
 impl fmt::Display for Illegal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "the VM is {}: {} is not possible",
-            self.state,
-            self.request.as_str()
-        )
+        write!(f, "the VM is {}: {} is not possible", self.state, self.request.as_str())
     }
 }
 
@@ -225,16 +205,8 @@ impl From<Illegal> for Problem {
         if illegal.state == VmState::Undefined {
             return Problem::vm_undefined();
         }
-        let states: Vec<&str> = illegal
-            .request
-            .legal_states()
-            .map(VmState::as_str)
-            .collect();
-        let remedy = format!(
-            "legal in: {}{}",
-            states.join(", "),
-            way_out(illegal.state, illegal.request)
-        );
+        let states: Vec<&str> = illegal.request.legal_states().map(VmState::as_str).collect();
+        let remedy = format!("legal in: {}{}", states.join(", "), way_out(illegal.state, illegal.request));
         let code = match illegal.request {
             RequestKind::EditDevices => Code::HotplugUnsupported,
             _ => Code::WrongState,
@@ -247,10 +219,9 @@ impl From<Illegal> for Problem {
 fn way_out(state: VmState, request: RequestKind) -> &'static str {
     use VmState::{Crashed, Defined, Paused, Running, Stopped};
     match (state, request) {
-        (
-            Running | Paused,
-            RequestKind::Define | RequestKind::Forget | RequestKind::EditDevices,
-        ) => "; shut the VM down first",
+        (Running | Paused, RequestKind::Define | RequestKind::Forget | RequestKind::EditDevices) => {
+            "; shut the VM down first"
+        }
         (Running | Paused, RequestKind::Act(Action::Boot)) => "; reset restarts the guest",
         (Paused, RequestKind::Act(_)) => "; resume the VM first",
         (Defined | Stopped | Crashed, RequestKind::Act(_)) => "; boot the VM first",
@@ -267,10 +238,7 @@ pub fn decide(state: VmState, request: RequestKind) -> Result<Transition, Illega
     let to = match (request, state) {
         (RequestKind::Define, Undefined | Defined | Stopped | Crashed) => Defined,
         (RequestKind::Forget, Defined | Stopped | Crashed) => Undefined,
-        (
-            RequestKind::Query | RequestKind::PatchDevice,
-            Defined | Running | Paused | Stopped | Crashed,
-        ) => state,
+        (RequestKind::Query | RequestKind::PatchDevice, Defined | Running | Paused | Stopped | Crashed) => state,
         (RequestKind::EditDevices, Defined | Stopped | Crashed) => state,
         (RequestKind::Act(Action::Boot), Defined | Stopped | Crashed) => Running,
         (RequestKind::Act(Action::Pause), Running) => Paused,
@@ -332,21 +300,11 @@ mod tests {
                 .iter()
                 .find(|(text, _)| *text == name)
                 .map(|(_, kind)| *kind)
-                .or_else(|| {
-                    Action::ALL
-                        .into_iter()
-                        .find(|action| action.as_str() == name)
-                        .map(RequestKind::Act)
-                })
+                .or_else(|| Action::ALL.into_iter().find(|action| action.as_str() == name).map(RequestKind::Act))
                 .unwrap_or_else(|| panic!("unknown row {name}"));
             let columns: Vec<&str> = columns.collect();
             assert_eq!(columns.len(), VmState::ALL.len(), "{name}");
-            cells.extend(
-                VmState::ALL
-                    .into_iter()
-                    .zip(columns)
-                    .map(|(state, cell)| (request, state, cell.to_owned())),
-            );
+            cells.extend(VmState::ALL.into_iter().zip(columns).map(|(state, cell)| (request, state, cell.to_owned())));
         }
         cells
     }
@@ -359,17 +317,12 @@ mod tests {
             let answer = decide(state, request);
             let word = cell.trim_end_matches([' ', '*']);
             match word.strip_prefix("→ ") {
-                Some(to) => assert_eq!(
-                    answer.map(|t| t.to.as_str()),
-                    Ok(to),
-                    "{request:?} in {state}"
-                ),
+                Some(to) => assert_eq!(answer.map(|t| t.to.as_str()), Ok(to), "{request:?} in {state}"),
                 None if word == "stays" => {
                     assert_eq!(answer.map(|t| t.to), Ok(state), "{request:?} in {state}")
                 }
                 None => {
-                    let problem =
-                        Problem::from(answer.expect_err(&format!("{request:?} in {state}")));
+                    let problem = Problem::from(answer.expect_err(&format!("{request:?} in {state}")));
                     assert_eq!(problem.status.to_string(), word, "{request:?} in {state}");
                     let code = match word {
                         "404" => Code::VmUndefined,
@@ -378,16 +331,9 @@ mod tests {
                     };
                     assert_eq!(problem.code, code, "{request:?} in {state}");
                     if code == Code::WrongState {
-                        assert!(
-                            problem.detail.contains(state.as_str())
-                                && problem.detail.contains(request.as_str())
-                        );
+                        assert!(problem.detail.contains(state.as_str()) && problem.detail.contains(request.as_str()));
                         for legal in request.legal_states() {
-                            assert!(
-                                problem.remedy.contains(legal.as_str()),
-                                "{}",
-                                problem.remedy
-                            );
+                            assert!(problem.remedy.contains(legal.as_str()), "{}", problem.remedy);
                         }
                     }
                 }
@@ -400,25 +346,12 @@ mod tests {
         for state in VmState::ALL {
             let alive = matches!(state, VmState::Running | VmState::Paused);
             for event in [GuestEvent::Shutdown, GuestEvent::Reset, GuestEvent::Crash] {
-                assert_eq!(
-                    guest_event(state, event).is_some(),
-                    alive,
-                    "{event:?} in {state}"
-                );
+                assert_eq!(guest_event(state, event).is_some(), alive, "{event:?} in {state}");
             }
         }
-        assert_eq!(
-            guest_event(VmState::Running, GuestEvent::Shutdown),
-            Some(VmState::Stopped)
-        );
-        assert_eq!(
-            guest_event(VmState::Paused, GuestEvent::Reset),
-            Some(VmState::Paused)
-        );
-        assert_eq!(
-            guest_event(VmState::Running, GuestEvent::Crash),
-            Some(VmState::Crashed)
-        );
+        assert_eq!(guest_event(VmState::Running, GuestEvent::Shutdown), Some(VmState::Stopped));
+        assert_eq!(guest_event(VmState::Paused, GuestEvent::Reset), Some(VmState::Paused));
+        assert_eq!(guest_event(VmState::Running, GuestEvent::Crash), Some(VmState::Crashed));
     }
 
     #[test]

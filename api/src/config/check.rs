@@ -27,10 +27,7 @@ fn check_path_len(path: &Path, max: usize, at: &Pointer) -> Result<(), Problem> 
     if bytes.is_empty() || bytes.len() > max || bytes.contains(&0) {
         return Err(Problem::invalid(
             at,
-            format!(
-                "a path of {} bytes, or with a NUL in it, is not possible here",
-                bytes.len()
-            ),
+            format!("a path of {} bytes, or with a NUL in it, is not possible here", bytes.len()),
             format!("give a path of 1 to {max} bytes"),
         ));
     }
@@ -39,18 +36,11 @@ fn check_path_len(path: &Path, max: usize, at: &Pointer) -> Result<(), Problem> 
 
 /// A device id: 1 to 32 of `A-Z a-z 0-9 _ -`.
 pub(super) fn check_id(id: &str, at: &Pointer) -> Result<(), Problem> {
-    let fits = (1..=32).contains(&id.len())
-        && id
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+    let fits = (1..=32).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
     if fits {
         return Ok(());
     }
-    Err(Problem::invalid(
-        at,
-        "this id is not possible",
-        "use 1 to 32 letters, digits, '_' and '-'",
-    ))
+    Err(Problem::invalid(at, "this id is not possible", "use 1 to 32 letters, digits, '_' and '-'"))
 }
 
 /// A number of queues, 1 to `max`.
@@ -58,11 +48,7 @@ pub(super) fn check_queues(queues: u16, max: u16, at: &Pointer) -> Result<(), Pr
     if (1..=max).contains(&queues) {
         return Ok(());
     }
-    Err(Problem::invalid(
-        at,
-        format!("{queues} queues are not possible"),
-        format!("choose 1 to {max}"),
-    ))
+    Err(Problem::invalid(at, format!("{queues} queues are not possible"), format!("choose 1 to {max}")))
 }
 
 /// A ring size: a power of two, 16 to 1024.

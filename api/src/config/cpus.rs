@@ -44,21 +44,14 @@ fn one() -> u8 {
 
 impl Default for CpusConfig {
     fn default() -> Self {
-        Self {
-            count: 1,
-            topology: None,
-        }
+        Self { count: 1, topology: None }
     }
 }
 
 impl CpusConfig {
     /// The topology asked for, or the default one.
     pub fn topology(&self) -> Topology {
-        self.topology.unwrap_or(Topology {
-            sockets: 1,
-            cores: self.count,
-            threads: 1,
-        })
+        self.topology.unwrap_or(Topology { sockets: 1, cores: self.count, threads: 1 })
     }
 
     pub(super) fn check(&self, at: &Pointer) -> Result<(), Problem> {
@@ -69,12 +62,7 @@ impl CpusConfig {
                 format!("choose 1 to {MAX_CPUS}"),
             ));
         }
-        let Some(Topology {
-            sockets,
-            cores,
-            threads,
-        }) = self.topology
-        else {
+        let Some(Topology { sockets, cores, threads }) = self.topology else {
             return Ok(());
         };
         let product = u32::from(sockets) * u32::from(cores) * u32::from(threads);

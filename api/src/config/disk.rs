@@ -86,9 +86,7 @@ impl DiskConfig {
         check_queue_size(self.queue_size, &at.key("queue_size"))?;
         check_slot(self.slot, &at.key("slot"))?;
         match &self.serial {
-            Some(serial)
-                if serial.len() > 20 || !serial.bytes().all(|b| (0x20..0x7f).contains(&b)) =>
-            {
+            Some(serial) if serial.len() > 20 || !serial.bytes().all(|b| (0x20..0x7f).contains(&b)) => {
                 Err(Problem::invalid(
                     &at.key("serial"),
                     "this serial number is not possible",
@@ -104,38 +102,38 @@ impl DiskConfig {
 ///
 /// While the guest exists only the empty patch is legal, which reads the size of the disk again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields)]
 pub struct DiskPatch {
-    /// See [`DiskConfig::path`]; cannot be null.
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `path`; cannot be null.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<String>)]
     pub path: Patch<PathBuf>,
-    /// See [`DiskConfig::read_only`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `read_only`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<bool>)]
     pub read_only: Patch<bool>,
-    /// See [`DiskConfig::queues`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `queues`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u16>)]
     pub queues: Patch<u16>,
-    /// See [`DiskConfig::queue_size`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `queue_size`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u16>)]
     pub queue_size: Patch<u16>,
-    /// See [`DiskConfig::direct`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `direct`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<bool>)]
     pub direct: Patch<bool>,
-    /// See [`DiskConfig::serial`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `serial`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<String>)]
     pub serial: Patch<String>,
-    /// See [`DiskConfig::slot`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `slot`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u8>)]
     pub slot: Patch<u8>,
-    /// See [`DiskConfig::cache`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `cache`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<CacheMode>)]
     pub cache: Patch<CacheMode>,
 }

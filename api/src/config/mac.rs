@@ -28,7 +28,9 @@ impl fmt::Display for BadMac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Syntax => "not a MAC address: write six pairs of hexadecimal digits, such as \"52:54:00:12:34:56\"",
-            Self::Multicast => "a multicast address cannot be the address of a NIC: clear the lowest bit of the first byte",
+            Self::Multicast => {
+                "a multicast address cannot be the address of a NIC: clear the lowest bit of the first byte"
+            }
             Self::Zero => "the zero address cannot be the address of a NIC",
         })
     }
@@ -62,12 +64,8 @@ impl FromStr for MacAddr {
         let mut bytes = [0u8; 6];
         let mut pairs = text.split(':');
         for byte in &mut bytes {
-            let pair = pairs
-                .next()
-                .filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()));
-            *byte = pair
-                .and_then(|pair| u8::from_str_radix(pair, 16).ok())
-                .ok_or(BadMac::Syntax)?;
+            let pair = pairs.next().filter(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()));
+            *byte = pair.and_then(|pair| u8::from_str_radix(pair, 16).ok()).ok_or(BadMac::Syntax)?;
         }
         match pairs.next() {
             Some(_) => Err(BadMac::Syntax),
@@ -97,9 +95,7 @@ impl Serialize for MacAddr {
 
 impl<'de> Deserialize<'de> for MacAddr {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Cow::<'de, str>::deserialize(deserializer)?
-            .parse()
-            .map_err(D::Error::custom)
+        Cow::<'de, str>::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -109,9 +105,7 @@ impl PartialSchema for MacAddr {
             .schema_type(Type::String)
             .pattern(Some("^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$"))
             .examples(["52:54:00:12:34:56"])
-            .description(Some(
-                "The Ethernet address of an interface: unicast and not zero.",
-            ))
+            .description(Some("The Ethernet address of an interface: unicast and not zero."))
             .into()
     }
 }
@@ -135,14 +129,8 @@ mod tests {
 
     #[test]
     fn what_no_interface_can_have_is_refused() {
-        assert_eq!(
-            "01:00:5e:00:00:01".parse::<MacAddr>(),
-            Err(BadMac::Multicast)
-        );
-        assert_eq!(
-            "ff:ff:ff:ff:ff:ff".parse::<MacAddr>(),
-            Err(BadMac::Multicast)
-        );
+        assert_eq!("01:00:5e:00:00:01".parse::<MacAddr>(), Err(BadMac::Multicast));
+        assert_eq!("ff:ff:ff:ff:ff:ff".parse::<MacAddr>(), Err(BadMac::Multicast));
         assert_eq!("00:00:00:00:00:00".parse::<MacAddr>(), Err(BadMac::Zero));
         for text in [
             "",

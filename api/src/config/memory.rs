@@ -51,12 +51,7 @@ pub enum HugePages {
 impl MemoryConfig {
     /// Private memory of this size, with the defaults for everything else.
     pub fn new(size: ByteSize) -> Self {
-        Self {
-            size,
-            shared: false,
-            hugepages: HugePages::default(),
-            prefault: false,
-        }
+        Self { size, shared: false, hugepages: HugePages::default(), prefault: false }
     }
 
     pub(super) fn check(&self, at: &Pointer) -> Result<(), Problem> {
@@ -69,11 +64,7 @@ impl MemoryConfig {
                 format!("choose {MIN_MEMORY} to {MAX_MEMORY}"),
             ));
         }
-        let page = if self.hugepages == HugePages::Size1G {
-            ByteSize::gib(1)
-        } else {
-            ByteSize::mib(2)
-        };
+        let page = if self.hugepages == HugePages::Size1G { ByteSize::gib(1) } else { ByteSize::mib(2) };
         if !size.bytes().is_multiple_of(page.bytes()) {
             return Err(Problem::invalid(
                 &at,

@@ -66,7 +66,7 @@ pub struct VmConfig {
     /// The serial console. Default: off.
     #[serde(default)]
     pub serial: SerialConfig,
-    /// The SMBIOS system UUID that the guest sees. Default: derived from nothing, the guest sees none.
+    /// The SMBIOS system UUID that the guest sees. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<Uuid>,
     /// What a reboot by the guest does.
@@ -121,10 +121,7 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), Problem> {
         let root = Pointer::root();
         let name_fits = (1..=64).contains(&self.name.len())
-            && self
-                .name
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+            && self.name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
         if !name_fits {
             return Err(Problem::invalid(
                 &root.key("name"),
@@ -158,38 +155,15 @@ impl VmConfig {
 
     fn check_unique(&self) -> Result<(), Problem> {
         let root = Pointer::root();
-        let disks = self
-            .disks
-            .iter()
-            .enumerate()
-            .map(|(i, disk)| (disk.id.as_str(), root.key("disks").index(i).key("id")));
-        let nics = self
-            .nics
-            .iter()
-            .enumerate()
-            .map(|(i, nic)| (nic.id.as_str(), root.key("nics").index(i).key("id")));
+        let disks =
+            self.disks.iter().enumerate().map(|(i, disk)| (disk.id.as_str(), root.key("disks").index(i).key("id")));
+        let nics = self.nics.iter().enumerate().map(|(i, nic)| (nic.id.as_str(), root.key("nics").index(i).key("id")));
+        unique(self.rng.then(|| (RNG_ID, root.key("rng"))).into_iter().chain(disks).chain(nics), "device id")?;
         unique(
-            self.rng
-                .then(|| (RNG_ID, root.key("rng")))
-                .into_iter()
-                .chain(disks)
-                .chain(nics),
-            "device id",
-        )?;
-        unique(
-            self.nics
-                .iter()
-                .enumerate()
-                .map(|(i, nic)| (nic.mac, root.key("nics").index(i).key("mac"))),
+            self.nics.iter().enumerate().map(|(i, nic)| (nic.mac, root.key("nics").index(i).key("mac"))),
             "MAC address",
         )?;
-        unique(
-            self.nics
-                .iter()
-                .enumerate()
-                .map(|(i, nic)| (&nic.tap, root.key("nics").index(i).key("tap"))),
-            "tap",
-        )?;
+        unique(self.nics.iter().enumerate().map(|(i, nic)| (&nic.tap, root.key("nics").index(i).key("tap"))), "tap")?;
         self.check_disk_paths()
     }
 
@@ -202,7 +176,10 @@ impl VmConfig {
                 Some((other, other_writable)) if writable || *other_writable => {
                     return Err(Problem::new(
                         Code::Duplicate,
-                        format!("disks \"{}\" and \"{}\" have the same path, and not both are read-only", other.id, disk.id),
+                        format!(
+                            "disks \"{}\" and \"{}\" have the same path, and not both are read-only",
+                            other.id, disk.id
+                        ),
                         "give each disk its own path, or make both read-only",
                     )
                     .at(&Pointer::root().key("disks").index(i).key("path")));
@@ -230,8 +207,7 @@ impl VmConfig {
     pub fn with_disk(&self, disk: DiskConfig) -> Result<(Self, bool), Problem> {
         let mut next = self.clone();
         let (index, new) = put(&mut next.disks, disk, |disk| &disk.id);
-        next.validate()
-            .map_err(|problem| relative(problem, &Pointer::root().key("disks").index(index)))?;
+        next.validate().map_err(|problem| relative(problem, &Pointer::root().key("disks").index(index)))?;
         Ok((next, new))
     }
 
@@ -242,8 +218,7 @@ impl VmConfig {
     pub fn with_nic(&self, nic: NicConfig) -> Result<(Self, bool), Problem> {
         let mut next = self.clone();
         let (index, new) = put(&mut next.nics, nic, |nic| &nic.id);
-        next.validate()
-            .map_err(|problem| relative(problem, &Pointer::root().key("nics").index(index)))?;
+        next.validate().map_err(|problem| relative(problem, &Pointer::root().key("nics").index(index)))?;
         Ok((next, new))
     }
 
@@ -272,11 +247,7 @@ impl VmConfig {
 
 /// Puts an item in the place of the one with its id, or at the end; says where, and whether it is new.
 fn put<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) -> (usize, bool) {
-    match items
-        .iter_mut()
-        .enumerate()
-        .find(|(_, old)| id(old) == id(&item))
-    {
+    match items.iter_mut().enumerate().find(|(_, old)| id(old) == id(&item)) {
         Some((index, old)) => {
             *old = item;
             (index, false)
@@ -290,28 +261,16 @@ fn put<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) -> (usize, bo
 
 /// The problem as it looks from the document of one device; what concerns another device points at the whole of it.
 fn relative(mut problem: Problem, base: &Pointer) -> Problem {
-    problem.pointer = problem.pointer.map(|at| {
-        at.strip_prefix(&base.to_string())
-            .unwrap_or_default()
-            .to_owned()
-    });
+    problem.pointer = problem.pointer.map(|at| at.strip_prefix(&base.to_string()).unwrap_or_default().to_owned());
     problem
 }
 
-fn unique<K: Eq + std::hash::Hash>(
-    items: impl Iterator<Item = (K, Pointer)>,
-    what: &str,
-) -> Result<(), Problem> {
+fn unique<K: Eq + std::hash::Hash>(items: impl Iterator<Item = (K, Pointer)>, what: &str) -> Result<(), Problem> {
     let mut seen: HashMap<K, Pointer> = HashMap::new();
     for (key, at) in items {
         if let Some(first) = seen.get(&key) {
             let detail = format!("this {what} is already used at {first}");
-            return Err(Problem::new(
-                Code::Duplicate,
-                detail,
-                format!("give every device its own {what}"),
-            )
-            .at(&at));
+            return Err(Problem::new(Code::Duplicate, detail, format!("give every device its own {what}")).at(&at));
         }
         seen.insert(key, at);
     }

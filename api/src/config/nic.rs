@@ -88,9 +88,7 @@ impl NicConfig {
         let fits = (1..=15).contains(&tap.len())
             && tap != b"."
             && tap != b".."
-            && tap
-                .iter()
-                .all(|b| b.is_ascii_graphic() && *b != b'/' && *b != b':' && *b != b'%');
+            && tap.iter().all(|b| b.is_ascii_graphic() && *b != b'/' && *b != b':' && *b != b'%');
         if !fits {
             return Err(Problem::invalid(
                 &at.key("tap"),
@@ -106,34 +104,34 @@ impl NicConfig {
 ///
 /// While the guest exists only `link` may change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields)]
 pub struct NicPatch {
-    /// See [`NicConfig::tap`]; cannot be null.
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `tap`; cannot be null.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<String>)]
     pub tap: Patch<String>,
-    /// See [`NicConfig::mac`]; cannot be null.
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `mac`; cannot be null.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<MacAddr>)]
     pub mac: Patch<MacAddr>,
-    /// See [`NicConfig::queues`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `queues`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u16>)]
     pub queues: Patch<u16>,
-    /// See [`NicConfig::queue_size`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `queue_size`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u16>)]
     pub queue_size: Patch<u16>,
-    /// See [`NicConfig::mtu`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `mtu`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u16>)]
     pub mtu: Patch<u16>,
-    /// See [`NicConfig::link`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `link`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<Link>)]
     pub link: Patch<Link>,
-    /// See [`NicConfig::slot`].
-    #[serde(skip_serializing_if = "Patch::is_keep")]
+    /// Another `slot`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u8>)]
     pub slot: Patch<u8>,
 }
@@ -141,19 +139,12 @@ pub struct NicPatch {
 impl NicPatch {
     /// A patch that plugs or unplugs the cable.
     pub fn link(link: Link) -> Self {
-        Self {
-            link: Patch::Set(link),
-            ..Self::default()
-        }
+        Self { link: Patch::Set(link), ..Self::default() }
     }
 
     /// Whether it changes nothing but the link: legal while the guest exists.
     pub fn only_link(&self) -> bool {
-        *self
-            == Self {
-                link: self.link,
-                ..Self::default()
-            }
+        *self == Self { link: self.link, ..Self::default() }
     }
 
     /// The NIC after the patch. Not yet checked against the rest of the VM: see [`super::VmConfig::with_nic`].

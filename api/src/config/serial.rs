@@ -43,11 +43,9 @@ impl SerialConfig {
         match (self.mode, &self.path) {
             (SerialMode::File, Some(path)) => check_path(path, &path_at),
             (SerialMode::Socket, Some(path)) => check_socket_path(path, &path_at),
-            (SerialMode::File | SerialMode::Socket, None) => Err(Problem::invalid(
-                &path_at,
-                "this serial mode needs a path",
-                "give the path of the file or socket",
-            )),
+            (SerialMode::File | SerialMode::Socket, None) => {
+                Err(Problem::invalid(&path_at, "this serial mode needs a path", "give the path of the file or socket"))
+            }
             (_, Some(_)) => Err(Problem::invalid(
                 &path_at,
                 "this serial mode has no path",

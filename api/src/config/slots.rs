@@ -29,10 +29,7 @@ pub fn slot_assignment(config: &VmConfig) -> Result<Vec<(String, u8)>, Problem> 
         if taken & (1 << slot) != 0 {
             return Err(Problem::new(
                 Code::Duplicate,
-                format!(
-                    "slot {slot}, asked for by device \"{}\", is already given to another",
-                    wish.id
-                ),
+                format!("slot {slot}, asked for by device \"{}\", is already given to another", wish.id),
                 "give each device its own slot, or leave slot out",
             )
             .at(&wish.at));
@@ -46,10 +43,7 @@ pub fn slot_assignment(config: &VmConfig) -> Result<Vec<(String, u8)>, Problem> 
             None => first_free(taken).ok_or_else(|| {
                 Problem::new(
                     Code::NoFreeSlot,
-                    format!(
-                        "there is no PCI slot left for device \"{}\": bus 0 has room for 30",
-                        wish.id
-                    ),
+                    format!("there is no PCI slot left for device \"{}\": bus 0 has room for 30", wish.id),
                     "remove a device",
                 )
                 .at(&wish.at)
@@ -77,10 +71,6 @@ fn wishes(config: &VmConfig) -> Vec<Wish<'_>> {
         slot: nic.slot,
         at: root.key("nics").index(i).key("slot"),
     });
-    let rng = config.rng.then(|| Wish {
-        id: RNG_ID,
-        slot: None,
-        at: root.key("rng"),
-    });
+    let rng = config.rng.then(|| Wish { id: RNG_ID, slot: None, at: root.key("rng") });
     disks.chain(nics).chain(rng).collect()
 }

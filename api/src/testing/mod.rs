@@ -1,0 +1,44 @@
+//! For tests only (feature `testing`): a controller without a VM, and a generator of bad documents.
+
+mod machine;
+mod mutate;
+
+pub use machine::Machine;
+pub use mutate::{Mutation, Mutations};
+
+use crate::config::VmConfig;
+
+/// A configuration that uses every field, as JSON. Valid as it is.
+pub fn full_config() -> serde_json::Value {
+    serde_json::json!({
+        "name": "db01",
+        "cpus": { "count": 4, "topology": { "sockets": 1, "cores": 2, "threads": 2 } },
+        "memory": { "size": "2GiB", "shared": true, "hugepages": "2M", "prefault": true },
+        "boot": { "kernel": "/boot/vmlinuz", "initrd": "/boot/initrd.img", "cmdline": "console=ttyS0" },
+        "disks": [
+            { "id": "root", "path": "/dev/mapper/mpatha", "queues": 2, "queue_size": 128, "direct": true,
+              "serial": "S1", "slot": 5, "cache": "writethrough", "read_only": false },
+            { "id": "data", "path": "/dev/mapper/mpathb" }
+        ],
+        "nics": [
+            { "id": "net0", "tap": "tap0", "mac": "52:54:00:00:00:01", "queues": 2, "queue_size": 512,
+              "mtu": 9000, "link": "down", "slot": 7 }
+        ],
+        "rng": true,
+        "serial": { "mode": "socket", "path": "/run/console.sock" },
+        "uuid": "8f7c1a52-4c1e-4b39-9f2b-0c5b7d6c0a11",
+        "on_reboot": "stop"
+    })
+}
+
+/// A small configuration that is valid, and names files that need not exist.
+///
+/// # Panics
+/// Never: the configuration is valid.
+#[expect(clippy::expect_used, reason = "this module is for tests")]
+pub fn small_config() -> VmConfig {
+    let document = br#"{"name":"vm1","memory":{"size":"128MiB"},"boot":{"kernel":"vmlinux"},
+        "disks":[{"id":"root","path":"disk.img"}],
+        "nics":[{"id":"net0","tap":"tap0","mac":"52:54:00:00:00:01"}]}"#;
+    VmConfig::from_json(document).expect("the small configuration is valid")
+}
