@@ -8,7 +8,6 @@ use std::task::Poll;
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response};
-use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -19,6 +18,7 @@ use tokio::sync::watch;
 
 use super::Limits;
 use super::activity::{Activity, Phase};
+use super::body::NotedBody;
 use super::respond::as_problem;
 use super::stream::Watched;
 use crate::problem::{Code, Problem};
@@ -106,24 +106,15 @@ fn service(
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let arriving = activity.step_at_end(Phase::Body, Phase::Busy);
-        let request = request.map(|body| {
-            Body::new(body.map_frame(move |frame| {
-                let _ = &arriving;
-                frame
-            }))
-        });
+        let request = request.map(|body| Body::new(NotedBody::new(body, arriving)));
         let answer = router.call(request);
         let activity = activity.clone();
         let answering: Answering = Box::pin(async move {
             let response = answer.await?;
             activity.step(Phase::Body, Phase::Busy);
             let sending = activity.step_at_end(Phase::Busy, Phase::Quiet);
-            Ok(as_problem(response, method.as_str(), &path).map(|body| {
-                Body::new(body.map_frame(move |frame| {
-                    let _ = &sending;
-                    frame
-                }))
-            }))
+            let response = as_problem(response, method.as_str(), &path);
+            Ok(response.map(|body| Body::new(NotedBody::new(body, sending))))
         });
         answering
     })

@@ -15,6 +15,7 @@
 //! The thread only translates: whatever takes time happens at the controller. So a slow client delays nobody else.
 
 mod activity;
+mod body;
 mod connection;
 mod extract;
 mod listener;
@@ -135,7 +136,11 @@ impl Server {
         let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
             let runtime = match event_loop().and_then(|runtime| prepare().map(|()| runtime)) {
                 Ok(runtime) => runtime,
-                Err(error) => return drop(ready.send(Err(error))),
+                Err(error) => {
+                    // The socket file goes before the caller hears of it.
+                    drop(self);
+                    return drop(ready.send(Err(error)));
+                }
             };
             let stopped = async move {
                 let mut stopped = stopped;
