@@ -15,6 +15,8 @@ mod parse;
 mod patch;
 mod serial;
 mod slots;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 

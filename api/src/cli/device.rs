@@ -1,0 +1,86 @@
+//! `rackctl disk …` and `rackctl nic …`.
+
+use rackvisor_api::client::Client;
+use rackvisor_api::config::{DiskConfig, DiskPatch, NicConfig, NicPatch, Patch};
+
+use crate::args::{DiskCommand, DiskOptions, NicCommand, NicOptions};
+use crate::output::{Failure, Output};
+use crate::tables;
+
+/// Runs a command about disks.
+pub fn disk(client: &Client, output: &Output, command: &DiskCommand) -> Result<(), Failure> {
+    match command {
+        DiskCommand::List => output.value(&client.disks()?, tables::disks),
+        DiskCommand::Show { id } => output.value(&client.disk(id)?, tables::disk),
+        DiskCommand::Add { id, path, options } => {
+            let disk = disk_patch(options, &[]).apply(&DiskConfig::new(id, path))?;
+            output.value(&client.put_disk(&disk)?, tables::disk)
+        }
+        DiskCommand::Patch { id, path, options, unset } => {
+            let patch = DiskPatch { path: set(path), ..disk_patch(options, unset) };
+            output.value(&client.patch_disk(id, &patch)?, tables::disk)
+        }
+        DiskCommand::Remove { id } => {
+            client.delete_disk(id)?;
+            output.done(&format!("disk {id} is removed"))
+        }
+    }
+}
+
+/// Runs a command about NICs.
+pub fn nic(client: &Client, output: &Output, command: &NicCommand) -> Result<(), Failure> {
+    match command {
+        NicCommand::List => output.value(&client.nics()?, tables::nics),
+        NicCommand::Show { id } => output.value(&client.nic(id)?, tables::nic),
+        NicCommand::Add { id, tap, mac, options } => {
+            let nic = nic_patch(options, &[]).apply(&NicConfig::new(id, tap, *mac))?;
+            output.value(&client.put_nic(&nic)?, tables::nic)
+        }
+        NicCommand::Patch { id, tap, mac, options, unset } => {
+            let patch = NicPatch { tap: set(tap), mac: set(mac), ..nic_patch(options, unset) };
+            output.value(&client.patch_nic(id, &patch)?, tables::nic)
+        }
+        NicCommand::Remove { id } => {
+            client.delete_nic(id)?;
+            output.done(&format!("NIC {id} is removed"))
+        }
+    }
+}
+
+fn set<T: Clone>(value: &Option<T>) -> Patch<T> {
+    value.clone().map_or(Patch::Keep, Patch::Set)
+}
+
+/// A property that was given, taken back, or neither; given wins.
+fn property<T: Clone>(value: &Option<T>, name: &str, unset: &[String]) -> Patch<T> {
+    match value {
+        Some(value) => Patch::Set(value.clone()),
+        None if unset.iter().any(|other| other == name) => Patch::Clear,
+        None => Patch::Keep,
+    }
+}
+
+fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
+    DiskPatch {
+        path: Patch::Keep,
+        read_only: property(&options.read_only, "read_only", unset),
+        queues: property(&options.queues, "queues", unset),
+        queue_size: property(&options.queue_size, "queue_size", unset),
+        direct: property(&options.direct, "direct", unset),
+        serial: property(&options.serial, "serial", unset),
+        slot: property(&options.slot, "slot", unset),
+        cache: property(&options.cache, "cache", unset),
+    }
+}
+
+fn nic_patch(options: &NicOptions, unset: &[String]) -> NicPatch {
+    NicPatch {
+        tap: Patch::Keep,
+        mac: Patch::Keep,
+        queues: property(&options.queues, "queues", unset),
+        queue_size: property(&options.queue_size, "queue_size", unset),
+        mtu: property(&options.mtu, "mtu", unset),
+        link: property(&options.link, "link", unset),
+        slot: property(&options.slot, "slot", unset),
+    }
+}

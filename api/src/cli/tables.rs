@@ -1,0 +1,283 @@
+//! Answers as people read them.
+
+use comfy_table::{Table, presets};
+use rackvisor_api::ByteSize;
+use rackvisor_api::config::{Link, OnReboot, SerialMode, VmConfig};
+use rackvisor_api::control::{DeviceState, DiskInfo, NicInfo, VmInfo};
+use rackvisor_api::events::{Event, EventKind};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::output::printable;
+
+/// The word that the API uses for a value.
+fn word<T: Serialize>(value: &T) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(word)) => word,
+        other => format!("{other:?}"),
+    }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header.iter().copied());
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table
+}
+
+/// Lines of a label and a text.
+#[derive(Default)]
+struct Facts(Vec<(&'static str, String)>);
+
+impl Facts {
+    fn add(&mut self, label: &'static str, text: impl Into<String>) {
+        self.0.push((label, printable(&text.into())));
+    }
+
+    fn add_some(&mut self, label: &'static str, text: Option<impl ToString>) {
+        if let Some(text) = text {
+            self.add(label, text.to_string());
+        }
+    }
+
+    fn text(&self) -> String {
+        let width = self.0.iter().map(|(label, _)| label.len()).max().unwrap_or_default();
+        self.0.iter().map(|(label, text)| format!("{label:width$}  {text}\n")).collect()
+    }
+}
+
+/// Seconds as people say them.
+fn duration(milliseconds: u64) -> String {
+    let whole = std::time::Duration::from_secs(milliseconds / 1000);
+    if milliseconds < 10_000 {
+        format!("{:.1}s", milliseconds as f64 / 1000.0)
+    } else {
+        humantime::format_duration(whole).to_string()
+    }
+}
+
+/// The VM in full.
+pub fn vm(vm: &VmInfo) -> String {
+    let mut facts = Facts::default();
+    facts.add("name", &vm.config.name);
+    let cause = vm.cause.as_deref().map(|cause| format!(" ({cause})")).unwrap_or_default();
+    facts.add("state", format!("{}{cause}", vm.state));
+    facts.add_some("uptime", vm.uptime_ms.map(duration));
+    if vm.resets > 0 {
+        facts.add("resets", vm.resets.to_string());
+    }
+    configuration(&vm.config, &mut facts);
+    facts.add_some("pty", vm.serial_path.as_ref().map(|path| path.display().to_string()));
+    facts.add("process", format!("{} (rackvisor {})", vm.pid, vm.version));
+    facts.text()
+}
+
+fn configuration(config: &VmConfig, facts: &mut Facts) {
+    let topology = config.cpus.topology();
+    facts.add(
+        "cpus",
+        format!("{} ({} × {} × {})", config.cpus.count, topology.sockets, topology.cores, topology.threads),
+    );
+    let memory = &config.memory;
+    let traits = [(memory.shared, "shared"), (memory.prefault, "prefaulted")]
+        .into_iter()
+        .filter(|(on, _)| *on)
+        .map(|(_, name)| format!(", {name}"));
+    facts.add("memory", format!("{}, pages {}{}", memory.size, word(&memory.hugepages), traits.collect::<String>()));
+    if let Some(boot) = &config.boot {
+        facts.add("kernel", boot.kernel.display().to_string());
+        facts.add_some("initrd", boot.initrd.as_ref().map(|path| path.display().to_string()));
+        facts.add("cmdline", &boot.cmdline);
+    }
+    for disk in &config.disks {
+        facts.add(
+            "disk",
+            format!("{}: {}{}", disk.id, disk.path.display(), if disk.read_only { " (read-only)" } else { "" }),
+        );
+    }
+    for nic in &config.nics {
+        facts.add(
+            "nic",
+            format!(
+                "{}: {} on {}{}",
+                nic.id,
+                nic.mac,
+                nic.tap,
+                if nic.link == Link::Down { " (link down)" } else { "" }
+            ),
+        );
+    }
+    if config.rng {
+        facts.add("rng", "yes");
+    }
+    if config.serial.mode != SerialMode::Off {
+        let path = config.serial.path.as_ref().map(|path| format!(" {}", path.display())).unwrap_or_default();
+        facts.add("serial", format!("{}{path}", word(&config.serial.mode)));
+    }
+    facts.add_some("uuid", config.uuid);
+    if config.on_reboot == OnReboot::Stop {
+        facts.add("reboot", "stops the VM");
+    }
+}
+
+/// One line about the VM, after an action.
+pub fn vm_line(vm: &VmInfo) -> String {
+    let cause = vm.cause.as_deref().map(|cause| format!(" ({})", printable(cause))).unwrap_or_default();
+    format!("{} is {}{cause}", vm.config.name, vm.state)
+}
+
+fn size(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "-".to_owned(), |bytes| ByteSize(bytes).to_string())
+}
+
+/// About how many bytes: three digits are enough in a table.
+fn about(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut units = UNITS.iter();
+    let mut unit = units.next();
+    while value >= 1024.0 {
+        value /= 1024.0;
+        unit = units.next();
+    }
+    let unit = unit.copied().unwrap_or_default();
+    if bytes < 1024 { format!("{bytes}{unit}") } else { format!("{value:.1}{unit}") }
+}
+
+/// All disks.
+pub fn disks(disks: &Vec<DiskInfo>) -> String {
+    if disks.is_empty() {
+        return "the VM has no disks".into();
+    }
+    let mut table = table(&["ID", "PCI", "STATE", "SIZE", "READ", "WRITTEN", "ERRORS", "PATH"]);
+    for disk in disks {
+        table.add_row([
+            disk.config.id.clone(),
+            disk.pci.clone(),
+            word(&disk.state),
+            size(disk.capacity),
+            about(disk.counters.read_bytes),
+            about(disk.counters.written_bytes),
+            disk.counters.errors.to_string(),
+            printable(&disk.config.path.display().to_string()),
+        ]);
+    }
+    table.trim_fmt()
+}
+
+fn broken(state: DeviceState) -> &'static str {
+    if state == DeviceState::NeedsReset { ": broken until the guest's driver resets it" } else { "" }
+}
+
+/// One disk in full.
+pub fn disk(disk: &DiskInfo) -> String {
+    let (config, counters) = (&disk.config, &disk.counters);
+    let mut facts = Facts::default();
+    facts.add("id", &config.id);
+    facts.add("state", format!("{}{}", word(&disk.state), broken(disk.state)));
+    facts.add("pci", &disk.pci);
+    facts.add("path", config.path.display().to_string());
+    facts.add("access", if config.read_only { "read-only" } else { "read and write" });
+    facts.add(
+        "size",
+        disk.capacity.map_or_else(|| "-".to_owned(), |bytes| format!("{} ({bytes} bytes)", ByteSize(bytes))),
+    );
+    if let (Some(logical), Some(physical)) = (disk.logical_block_size, disk.physical_block_size) {
+        facts.add("blocks", format!("{logical} logical, {physical} physical"));
+    }
+    facts.add("queues", format!("{} of {} entries", config.queues, config.queue_size));
+    facts.add("cache", word(&config.cache));
+    facts.add_some("direct", config.direct);
+    facts.add_some("serial", config.serial.as_deref());
+    facts.add("reads", format!("{} ({})", counters.reads, about(counters.read_bytes)));
+    facts.add("writes", format!("{} ({})", counters.writes, about(counters.written_bytes)));
+    facts.add("flushes", counters.flushes.to_string());
+    facts.add("discards", counters.discards.to_string());
+    facts.add("errors", counters.errors.to_string());
+    facts.text()
+}
+
+/// All NICs.
+pub fn nics(nics: &Vec<NicInfo>) -> String {
+    if nics.is_empty() {
+        return "the VM has no NICs".into();
+    }
+    let mut table = table(&["ID", "PCI", "STATE", "LINK", "MAC", "TAP", "RX", "TX", "DROPPED"]);
+    for nic in nics {
+        table.add_row([
+            nic.config.id.clone(),
+            nic.pci.clone(),
+            word(&nic.state),
+            word(&nic.link),
+            nic.config.mac.to_string(),
+            printable(&nic.config.tap),
+            about(nic.counters.rx_bytes),
+            about(nic.counters.tx_bytes),
+            nic.counters.rx_dropped.saturating_add(nic.counters.tx_dropped).to_string(),
+        ]);
+    }
+    table.trim_fmt()
+}
+
+/// One NIC in full.
+pub fn nic(nic: &NicInfo) -> String {
+    let (config, counters) = (&nic.config, &nic.counters);
+    let mut facts = Facts::default();
+    facts.add("id", &config.id);
+    facts.add("state", format!("{}{}", word(&nic.state), broken(nic.state)));
+    facts.add("pci", &nic.pci);
+    facts.add("link", word(&nic.link));
+    facts.add("mac", config.mac.to_string());
+    facts.add("tap", &config.tap);
+    facts.add_some("mtu", config.mtu);
+    facts.add("queues", format!("{} pairs of {} entries", config.queues, config.queue_size));
+    facts.add(
+        "received",
+        format!("{} frames ({}), {} dropped", counters.rx_frames, about(counters.rx_bytes), counters.rx_dropped),
+    );
+    facts.add(
+        "sent",
+        format!("{} frames ({}), {} dropped", counters.tx_frames, about(counters.tx_bytes), counters.tx_dropped),
+    );
+    facts.add("errors", counters.errors.to_string());
+    facts.text()
+}
+
+/// One event on one line.
+pub fn event(event: &Event) -> String {
+    let what = match &event.what {
+        EventKind::StateChanged { from, to, cause } => {
+            format!("{from} → {to}{}", cause.as_deref().map(|cause| format!(" ({cause})")).unwrap_or_default())
+        }
+        EventKind::GuestReset | EventKind::GuestShutdown => String::new(),
+        EventKind::Crashed { cause } => cause.clone(),
+        EventKind::DeviceError { device, detail } => format!("{device}: {detail}"),
+        EventKind::DiskResized { device, capacity } => format!("{device}: {}", ByteSize(*capacity)),
+        EventKind::LinkChanged { device, link } => format!("{device}: {}", word(link)),
+        EventKind::Lagged { missed } => format!("{missed} events are missing here"),
+        EventKind::Other { data, .. } => data.to_string(),
+    };
+    printable(format!("{}  {:>5}  {}  {:<14} {what}", event.time, event.id, event.vm, event.what.name()).trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_in_tables_are_short() {
+        for (bytes, text) in [(0, "0B"), (1023, "1023B"), (1536, "1.5KiB"), (1 << 40, "1.0TiB"), (u64::MAX, "16.0EiB")]
+        {
+            assert_eq!(about(bytes), text);
+        }
+    }
+
+    #[test]
+    fn text_from_elsewhere_cannot_drive_the_terminal() {
+        let mut facts = Facts::default();
+        facts.add("path", "a\x1b[2Jb\nc");
+        assert_eq!(facts.text(), "path  a\u{fffd}[2Jb\u{fffd}c\n");
+    }
+}

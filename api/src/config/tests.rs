@@ -1,0 +1,162 @@
+//! The configuration as a whole.
+
+use super::*;
+
+fn example(name: &str) -> String {
+    format!("{}/../resources/examples/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn with_devices(disks: usize, nics: usize) -> VmConfig {
+    let mut config = VmConfig::new("vm1", ByteSize::gib(1));
+    config.boot = Some(BootConfig { kernel: "vmlinux".into(), initrd: None, cmdline: String::new() });
+    config.disks = (0..disks).map(|i| DiskConfig::new(format!("d{i}"), format!("disk{i}"))).collect();
+    config.nics = (0..nics)
+        .map(|i| {
+            let mac = MacAddr::new([2, 0, 0, 0, 0, u8::try_from(i).unwrap()]).unwrap();
+            NicConfig::new(format!("n{i}"), format!("tap{i}"), mac)
+        })
+        .collect();
+    config
+}
+
+fn slots(config: &VmConfig) -> Vec<u8> {
+    slot_assignment(config).unwrap().into_iter().map(|(_, slot)| slot).collect()
+}
+
+#[test]
+fn a_configuration_with_the_least_has_the_documented_defaults() {
+    let document = br#"{"name":"a","memory":{"size":"128MiB"},"boot":{"kernel":"k"},
+        "disks":[{"id":"d","path":"p"}],"nics":[{"id":"n","tap":"t","mac":"02:00:00:00:00:01"}]}"#;
+    let config = VmConfig::from_json(document).unwrap();
+    let mut expected = VmConfig::new("a", ByteSize::mib(128));
+    expected.boot = Some(BootConfig { kernel: "k".into(), initrd: None, cmdline: String::new() });
+    expected.disks = vec![DiskConfig::new("d", "p")];
+    expected.nics = vec![NicConfig::new("n", "t", "02:00:00:00:00:01".parse().unwrap())];
+    assert_eq!(config, expected);
+    assert_eq!((config.cpus.count, config.rng, config.on_reboot), (1, true, OnReboot::Restart));
+    assert_eq!((config.memory.hugepages, config.serial.mode), (HugePages::Thp, SerialMode::Off));
+    assert_eq!((config.disks[0].queue_size, config.nics[0].queue_size), (256, 256));
+    assert_eq!(config.cpus.topology(), Topology { sockets: 1, cores: 1, threads: 1 });
+}
+
+#[test]
+fn what_is_written_reads_back_the_same() {
+    let config = VmConfig::from_file(example("full.toml")).unwrap();
+    assert_eq!(VmConfig::from_json(&serde_json::to_vec(&config).unwrap()).unwrap(), config);
+    assert_eq!(VmConfig::from_toml(&toml::to_string(&config).unwrap()).unwrap(), config);
+}
+
+#[test]
+fn the_json_and_the_toml_example_are_the_same_vm() {
+    let json = VmConfig::from_file(example("linux.json")).unwrap();
+    assert_eq!(VmConfig::from_file(example("linux.toml")).unwrap(), json);
+    assert_eq!(json.disks[0].queues, 2);
+}
+
+#[test]
+fn mistakes_in_a_file_name_the_file_and_the_field() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vm.toml");
+    for (text, code, pointer) in [
+        ("name = ", Code::MalformedBody, None),
+        ("name = 'a'\nmemory = { size = '1GiB' }\n[cpus]\ncuont = 1", Code::InvalidContent, Some("/cpus/cuont")),
+        ("name = 'a'\nmemory = [ '1GiB' ]\nboot = { kernel = 'k' }", Code::InvalidContent, Some("/memory")),
+        (
+            "name = 'a'\nmemory = { size = '1GiB' }\ncpus = []\nboot = { kernel = 'k' }",
+            Code::InvalidContent,
+            Some("/cpus"),
+        ),
+        ("name = 'a'\nmemory = { size = 7 }\nboot = { kernel = 'k' }", Code::InvalidValue, Some("/memory/size")),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let problem = VmConfig::from_file(&file).unwrap_err();
+        assert_eq!((problem.code, problem.pointer.as_deref()), (code, pointer), "{text}: {problem}");
+        assert!(problem.detail.contains("vm.toml"), "{problem}");
+    }
+    assert_eq!(VmConfig::from_file(folder.path().join("none")).unwrap_err().code, Code::Unusable);
+    std::fs::write(&file, vec![b' '; 2 << 20]).unwrap();
+    assert_eq!(VmConfig::from_file(&file).unwrap_err().code, Code::Unusable);
+}
+
+#[test]
+fn an_array_is_no_object() {
+    for document in ["[]", "[\"a\"]", r#"{"name":"a","memory":["1GiB"],"boot":{"kernel":"k"}}"#] {
+        assert_eq!(VmConfig::from_json(document.as_bytes()).unwrap_err().code, Code::InvalidContent, "{document}");
+    }
+}
+
+#[test]
+fn devices_get_slots_in_configuration_order_around_those_that_are_fixed() {
+    let mut config = with_devices(3, 1);
+    assert_eq!(slots(&config), [1, 2, 3, 4, 5]);
+    config.disks[1].slot = Some(1);
+    config.nics[0].slot = Some(30);
+    assert_eq!(slots(&config), [2, 1, 3, 30, 4]);
+    config.rng = false;
+    assert_eq!(slot_assignment(&config).unwrap().len(), 4);
+}
+
+#[test]
+fn thirty_devices_fit_and_the_next_is_told_so() {
+    assert_eq!(slots(&with_devices(20, 9)), (1..=30).collect::<Vec<u8>>());
+    let problem = with_devices(20, 10).validate().unwrap_err();
+    assert_eq!((problem.code, problem.pointer.as_deref()), (Code::NoFreeSlot, Some("/rng")));
+    let mut config = with_devices(2, 0);
+    for slot in [0, 31, 32, 255] {
+        config.disks[0].slot = Some(slot);
+        assert_eq!(slot_assignment(&config).unwrap_err().code, Code::InvalidValue, "{slot}");
+    }
+    config.disks[0].slot = Some(9);
+    config.disks[1].slot = Some(9);
+    assert_eq!(slot_assignment(&config).unwrap_err().code, Code::Duplicate);
+}
+
+#[test]
+fn a_disk_image_is_shared_only_by_readers() {
+    let mut config = with_devices(2, 0);
+    config.disks[1].path = config.disks[0].path.clone();
+    assert_eq!(config.validate().unwrap_err().code, Code::Duplicate);
+    config.disks[0].read_only = true;
+    assert_eq!(config.validate().unwrap_err().code, Code::Duplicate);
+    config.disks[1].read_only = true;
+    config.validate().unwrap();
+}
+
+#[test]
+fn memory_is_bounded_and_aligned_to_its_pages() {
+    let mut config = with_devices(0, 0);
+    for (size, pages, fits) in [
+        (ByteSize::mib(128), HugePages::Off, true),
+        (ByteSize::mib(126), HugePages::Off, false),
+        (ByteSize::mib(129), HugePages::Off, false),
+        (ByteSize(ByteSize::mib(128).bytes() + 1), HugePages::Thp, false),
+        (ByteSize::mib(1536), HugePages::Size2M, true),
+        (ByteSize::mib(1536), HugePages::Size1G, false),
+        (MAX_MEMORY, HugePages::Size1G, true),
+        (ByteSize(u64::MAX), HugePages::Off, false),
+    ] {
+        (config.memory.size, config.memory.hugepages) = (size, pages);
+        assert_eq!(config.validate().is_ok(), fits, "{size} of {pages:?}");
+    }
+}
+
+#[test]
+fn a_merge_patch_keeps_sets_and_clears() {
+    let disk = DiskConfig { queues: 4, serial: Some("S".into()), slot: Some(3), ..DiskConfig::new("d", "p") };
+    let patch: DiskPatch = json(br#"{"queues":null,"serial":null,"direct":false,"path":"q"}"#).unwrap();
+    let expected = DiskConfig { slot: Some(3), direct: Some(false), ..DiskConfig::new("d", "q") };
+    assert_eq!(patch.apply(&disk).unwrap(), expected);
+    let text = serde_json::to_string(&patch).unwrap();
+    assert_eq!(json::<DiskPatch>(text.as_bytes()).unwrap(), patch);
+
+    let empty: DiskPatch = json(b"{}").unwrap();
+    assert!(empty.is_empty() && !patch.is_empty());
+    assert_eq!(empty.apply(&disk).unwrap(), disk);
+    assert!(json::<DiskPatch>(br#"{"id":"x"}"#).is_err());
+    let null: DiskPatch = json(br#"{"path":null}"#).unwrap();
+    assert_eq!(null.apply(&disk).unwrap_err().pointer.as_deref(), Some("/path"));
+
+    assert!(NicPatch::link(Link::Down).only_link());
+    let more: NicPatch = json(br#"{"link":"up","mtu":null}"#).unwrap();
+    assert!(!more.only_link());
+}
