@@ -259,3 +259,6 @@ impl BusDevice for ApmPorts {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -315,3 +315,6 @@ impl BusDevice for Rtc {
         None
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,7 +26,7 @@ use thiserror::Error;
 use crate::ThreadSpawner;
 
 use backlog::Shared;
-use server::{Control, Server};
+use server::{Control, Opened, Server};
 
 pub use backlog::BACKLOG_LIMIT;
 pub use terminal::{RawTerminal, restore_terminal};
@@ -144,14 +144,24 @@ impl Console {
     /// # Errors
     /// [`ConsoleError`]; nothing stays behind then.
     pub fn new(mode: ConsoleMode, spawner: &dyn ThreadSpawner) -> Result<Self, ConsoleError> {
+        let threaded = !matches!(mode, ConsoleMode::Off);
+        Self::start(threaded, spawner, |server| server.open(mode))
+    }
+
+    /// Starts a console whose readers are opened by `open`.
+    fn start(
+        threaded: bool,
+        spawner: &dyn ThreadSpawner,
+        open: impl FnOnce(&mut Server) -> Result<Opened, ConsoleError>,
+    ) -> Result<Self, ConsoleError> {
         let setup = |what| move |source| ConsoleError::Setup { what, source };
-        let shared = Arc::new(Shared::new(!matches!(mode, ConsoleMode::Off)).map_err(setup("eventfd"))?);
+        let shared = Arc::new(Shared::new(threaded).map_err(setup("eventfd"))?);
         let control = Arc::new(Control::default());
-        if matches!(mode, ConsoleMode::Off) {
+        if !threaded {
             return Ok(Self { shared, control, thread: None, pty_path: None, _socket: None });
         }
         let mut server = Server::new(Arc::clone(&shared), Arc::clone(&control)).map_err(setup("epoll"))?;
-        let opened = server.open(mode)?;
+        let opened = open(&mut server)?;
         let thread = spawner.spawn("console", Box::new(move || server.run())).map_err(setup("thread"))?;
         Ok(Self { shared, control, thread: Some(thread), pty_path: opened.pty_path, _socket: opened.socket })
     }

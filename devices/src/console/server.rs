@@ -134,7 +134,10 @@ impl Server {
         let mut opened = Opened::default();
         match mode {
             ConsoleMode::Off => {}
-            ConsoleMode::Stdio { escape } => self.open_stdio(escape).map_err(setup("standard input and output"))?,
+            ConsoleMode::Stdio { escape } => {
+                let opened = self.open_stdio(io::stdin(), io::stdout(), escape);
+                opened.map_err(setup("standard input and output"))?;
+            }
             ConsoleMode::File(path) => {
                 let options =
                     std::fs::File::options().create(true).append(true).mode(0o600).custom_flags(LOG_FLAGS).open(&path);
@@ -159,12 +162,16 @@ impl Server {
         Ok(opened)
     }
 
-    fn open_stdio(&mut self, escape: Option<EscapeHook>) -> io::Result<()> {
-        let (stdin, stdout) = (io::stdin(), io::stdout());
-        let terminal = stdin.is_terminal();
+    /// Serves `input` and `output`: standard input and output, but for tests.
+    pub(super) fn open_stdio(
+        &mut self,
+        input: impl AsFd,
+        output: impl AsFd,
+        escape: Option<EscapeHook>,
+    ) -> io::Result<()> {
+        let terminal = input.as_fd().is_terminal();
         self.escape = escape.filter(|_| terminal).map(|hook| (Escape::default(), hook));
-        let input = Stream::inherited(stdin.as_fd(), false)?;
-        let output = Stream::inherited(stdout.as_fd(), true)?;
+        let (input, output) = (Stream::inherited(input, false)?, Stream::inherited(output, true)?);
         self.add(Endpoint::new(Kind::Stdin { terminal }, input, 0));
         self.add(Endpoint::new(Kind::Stdout, output, 0));
         Ok(())
