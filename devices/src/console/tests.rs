@@ -498,11 +498,14 @@ fn pipes_in_place_of_a_terminal_carry_every_byte_and_their_end_ends_nothing() {
     console.output().append(b"still here");
     expect(&mut screen, b"still here");
     assert_asleep("pipecon");
+    console.output().append(&[b'.'; 200_000]);
+    assert!(!console.flush(Instant::now() + Duration::from_millis(50)), "the pipe is full");
+    assert_asleep("pipecon");
     drop((screen, output));
     console.output().append(b"nobody reads");
     assert!(console.flush(deadline()), "a reader that is gone is not waited for");
     assert_asleep("pipecon");
-    assert_eq!(console.recent(100), b"still herenobody reads");
+    assert_eq!(console.recent(13), b".nobody reads");
 }
 
 #[test]
