@@ -75,6 +75,8 @@ codes! {
     HotplugUnsupported = "hotplug-unsupported", 409, "Not possible while the guest runs";
     /// The thing is in use by someone else (a tap, an image lock).
     InUse = "in-use", 409, "In use";
+    /// Devices did not complete what they have in flight in time; the VM goes on as it was.
+    StillBusy = "still-busy", 409, "Devices are still busy";
     /// The body is larger than the server accepts.
     BodyTooLarge = "body-too-large", 413, "Body too large";
     /// The request target is longer than the server accepts.
@@ -116,11 +118,7 @@ codes! {
 impl Code {
     /// The code with this text, [`Code::Other`] if this build knows none.
     pub fn from_text(text: &str) -> Code {
-        Code::ALL
-            .iter()
-            .copied()
-            .find(|code| code.as_str() == text)
-            .unwrap_or(Code::Other)
+        Code::ALL.iter().copied().find(|code| code.as_str() == text).unwrap_or(Code::Other)
     }
 }
 
@@ -138,9 +136,7 @@ impl Serialize for Code {
 
 impl<'de> Deserialize<'de> for Code {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(Code::from_text(&Cow::<'de, str>::deserialize(
-            deserializer,
-        )?))
+        Ok(Code::from_text(&Cow::<'de, str>::deserialize(deserializer)?))
     }
 }
 
@@ -149,7 +145,9 @@ impl PartialSchema for Code {
         ObjectBuilder::new()
             .schema_type(Type::String)
             .enum_values(Some(Code::ALL.iter().map(|code| code.as_str())))
-            .description(Some("What went wrong, stable for programs. Clients must expect codes that later versions add."))
+            .description(Some(
+                "What went wrong, stable for programs. Clients must expect codes that later versions add.",
+            ))
             .into()
     }
 }
@@ -241,11 +239,7 @@ impl Problem {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.detail)?;
-        if let Some(pointer) = self
-            .pointer
-            .as_deref()
-            .filter(|pointer| !pointer.is_empty())
-        {
+        if let Some(pointer) = self.pointer.as_deref().filter(|pointer| !pointer.is_empty()) {
             write!(f, " (at {pointer})")?;
         }
         if !self.remedy.is_empty() {
@@ -270,11 +264,7 @@ impl Pointer {
     /// The member `name` of the object here.
     #[must_use]
     pub fn key(&self, name: &str) -> Self {
-        Self(format!(
-            "{}/{}",
-            self.0,
-            name.replace('~', "~0").replace('/', "~1")
-        ))
+        Self(format!("{}/{}", self.0, name.replace('~', "~0").replace('/', "~1")))
     }
 
     /// The element `index` of the array here.
@@ -293,13 +283,12 @@ impl fmt::Display for Pointer {
 impl From<&serde_path_to_error::Path> for Pointer {
     fn from(path: &serde_path_to_error::Path) -> Self {
         use serde_path_to_error::Segment;
-        path.iter()
-            .fold(Pointer::root(), |at, segment| match segment {
-                Segment::Seq { index } => at.index(*index),
-                Segment::Map { key } => at.key(key),
-                Segment::Enum { variant } => at.key(variant),
-                Segment::Unknown => at,
-            })
+        path.iter().fold(Pointer::root(), |at, segment| match segment {
+            Segment::Seq { index } => at.index(*index),
+            Segment::Map { key } => at.key(key),
+            Segment::Enum { variant } => at.key(variant),
+            Segment::Unknown => at,
+        })
     }
 }
 
@@ -313,12 +302,7 @@ mod tests {
         let mut seen = HashSet::new();
         for code in Code::ALL {
             assert!(seen.insert(code.as_str()), "{code} twice");
-            assert!(
-                code.as_str()
-                    .chars()
-                    .all(|c| c.is_ascii_lowercase() || c == '-'),
-                "{code}"
-            );
+            assert!(code.as_str().chars().all(|c| c.is_ascii_lowercase() || c == '-'), "{code}");
             assert!((400..600).contains(&code.status()), "{code}");
             assert_eq!(Code::from_text(code.as_str()), *code);
         }
@@ -326,22 +310,12 @@ mod tests {
 
     #[test]
     fn a_problem_survives_json_and_an_unknown_code_is_readable() {
-        let problem = Problem::invalid(
-            &Pointer::root().key("disks").index(0).key("a/b~c"),
-            "what",
-            "do",
-        );
+        let problem = Problem::invalid(&Pointer::root().key("disks").index(0).key("a/b~c"), "what", "do");
         let text = serde_json::to_string(&problem).unwrap();
-        assert!(
-            text.contains("\"type\":\"urn:rackvisor:problem:invalid-value\""),
-            "{text}"
-        );
+        assert!(text.contains("\"type\":\"urn:rackvisor:problem:invalid-value\""), "{text}");
         assert!(text.contains("\"pointer\":\"/disks/0/a~1b~0c\""), "{text}");
         assert_eq!(serde_json::from_str::<Problem>(&text).unwrap(), problem);
         let newer = text.replace("\"invalid-value\"", "\"from-the-future\"");
-        assert_eq!(
-            serde_json::from_str::<Problem>(&newer).unwrap().code,
-            Code::Other
-        );
+        assert_eq!(serde_json::from_str::<Problem>(&newer).unwrap().code, Code::Other);
     }
 }

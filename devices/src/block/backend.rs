@@ -160,4 +160,10 @@ pub trait BlockSource: Send + Sync {
     /// # Errors
     /// What the kernel answered.
     fn capacity(&self) -> io::Result<u64>;
+
+    /// Makes all that was written stable. Waits for the disk.
+    ///
+    /// # Errors
+    /// What the kernel answered: some of what was written may be lost.
+    fn sync(&self) -> io::Result<()>;
 }

@@ -1,5 +1,6 @@
 //! virtio-blk as the transport and the VMM see it.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -383,7 +384,7 @@ impl Drop for VirtioBlock {
     }
 }
 
-/// Looks after a disk while the transport owns the device. Never waits for I/O.
+/// Looks after a disk while the transport owns the device. Only [`BlockHandle::flush`] waits for I/O.
 #[derive(Clone)]
 pub struct BlockHandle {
     disk: Arc<Disk>,
@@ -414,6 +415,16 @@ impl BlockHandle {
     /// [`RescanError`] if the size cannot be got, or the disk shrank: the guest keeps the old size then.
     pub fn rescan(&self) -> Result<u64, RescanError> {
         self.disk.rescan()
+    }
+
+    /// Makes all that was written stable, for the end of the VM: the guest may have gone without a flush. Waits for the disk:
+    /// not for the control thread.
+    ///
+    /// # Errors
+    /// What the kernel answered: some of what was written may be lost.
+    pub fn flush(&self) -> io::Result<()> {
+        let source = self.disk.source.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        source.map_or(Ok(()), |source| source.sync())
     }
 
     /// Number and greatest age of the requests in flight, also while the disk hangs.

@@ -135,6 +135,10 @@ impl BlockSource for BlockFile {
         let bytes = if self.is_device { device_size(&self.file)? } else { self.file.metadata()?.len() };
         Ok(bytes - bytes % u64::from(self.geometry.logical_block_size))
     }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
 }
 
 fn open(path: &Path, read_only: bool) -> Result<File, BlockError> {

@@ -87,6 +87,10 @@ impl BlockSource for MemoryDisk {
     fn capacity(&self) -> io::Result<u64> {
         Ok(self.inner.lock().unwrap().bytes.len() as u64)
     }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 struct MemoryBackend {

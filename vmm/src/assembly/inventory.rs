@@ -1,0 +1,186 @@
+//! What describes a machine from outside, also while a job has the machine itself.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rackvisor_api::config::Link;
+use rackvisor_api::control::{DiskCounters, NicCounters};
+use rackvisor_devices::block::{BlockHandle, Geometry, RescanError};
+use rackvisor_devices::metrics::{MetricSource, Sample, Value};
+use rackvisor_devices::net::NetHandle;
+use rackvisor_devices::virtio::pci::VirtioPci;
+
+/// A disk that is open.
+#[derive(Clone)]
+pub struct LiveDisk {
+    handle: BlockHandle,
+}
+
+impl LiveDisk {
+    /// The disk behind `handle`.
+    #[must_use]
+    pub fn new(handle: BlockHandle) -> Self {
+        Self { handle }
+    }
+
+    /// Its shape now.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        self.handle.geometry()
+    }
+
+    /// Looks at its size again.
+    ///
+    /// # Errors
+    /// [`RescanError`] if it cannot be read or has shrunk.
+    pub fn rescan(&self) -> Result<(), RescanError> {
+        self.handle.rescan().map(drop)
+    }
+
+    /// What it did since the boot.
+    #[must_use]
+    pub fn counters(&self) -> DiskCounters {
+        let totals = Totals::of(&*self.handle.metrics());
+        let requests = |operation| totals.with("disk_requests", "op", operation);
+        DiskCounters {
+            reads: requests("read"),
+            writes: requests("write"),
+            flushes: requests("flush"),
+            discards: requests("discard") + requests("write_zeroes"),
+            read_bytes: totals.all("disk_read_bytes"),
+            written_bytes: totals.all("disk_written_bytes"),
+            errors: totals.all("disk_errors"),
+        }
+    }
+}
+
+/// A NIC that is open.
+#[derive(Clone)]
+pub struct LiveNic {
+    handle: NetHandle,
+}
+
+impl LiveNic {
+    /// The NIC behind `handle`.
+    #[must_use]
+    pub fn new(handle: NetHandle) -> Self {
+        Self { handle }
+    }
+
+    /// Plugs the cable in or out.
+    pub fn set_link(&self, link: Link) {
+        self.handle.set_link(link == Link::Up);
+    }
+
+    /// What it did since the boot.
+    #[must_use]
+    pub fn counters(&self) -> NicCounters {
+        let totals = Totals::of(&*self.handle.metrics());
+        NicCounters {
+            rx_frames: totals.all("net_rx_packets"),
+            rx_bytes: totals.all("net_rx_bytes"),
+            rx_dropped: totals.all("net_rx_drops"),
+            tx_frames: totals.all("net_tx_packets"),
+            tx_bytes: totals.all("net_tx_bytes"),
+            tx_dropped: totals.all("net_tx_drops"),
+            errors: totals.with("net_rx_drops", "reason", "tap_error")
+                + totals.with("net_tx_drops", "reason", "tap_error"),
+        }
+    }
+}
+
+/// The counters of one device, added up over its queues. Things are counted in one place, the metrics.
+struct Totals(Vec<Sample>);
+
+impl Totals {
+    fn of(source: &dyn MetricSource) -> Self {
+        let mut samples = Vec::new();
+        source.collect(&mut |sample| samples.push(sample));
+        Self(samples)
+    }
+
+    fn all(&self, name: &str) -> u64 {
+        self.sum(|sample| sample.name == name)
+    }
+
+    fn with(&self, name: &str, label: &str, value: &str) -> u64 {
+        self.sum(|sample| sample.name == name && sample.labels.iter().any(|(l, v)| *l == label && v == value))
+    }
+
+    fn sum(&self, matches: impl Fn(&Sample) -> bool) -> u64 {
+        let count = |sample: &Sample| match sample.value {
+            Value::Counter(count) => count,
+            _ => 0,
+        };
+        self.0.iter().filter(|s| matches(s)).map(count).sum()
+    }
+}
+
+/// Handles to everything in a machine that can be described or changed from outside.
+#[derive(Clone, Default)]
+pub struct Inventory {
+    /// The pseudo-terminal of the console, if it has one.
+    pub serial_path: Option<PathBuf>,
+    /// All counters.
+    pub metrics: Vec<Arc<dyn MetricSource>>,
+    disks: Vec<(String, LiveDisk)>,
+    nics: Vec<(String, LiveNic)>,
+    transports: Vec<Arc<VirtioPci>>,
+}
+
+impl Inventory {
+    /// Nothing yet but a console.
+    #[must_use]
+    pub fn new(serial_path: Option<PathBuf>) -> Self {
+        Self { serial_path, ..Self::default() }
+    }
+
+    /// Adds a disk.
+    pub fn add_disk(&mut self, id: &str, disk: LiveDisk) {
+        self.disks.push((id.to_owned(), disk));
+    }
+
+    /// Adds a NIC.
+    pub fn add_nic(&mut self, id: &str, nic: LiveNic) {
+        self.nics.push((id.to_owned(), nic));
+    }
+
+    /// Adds the transport of a device.
+    pub fn add_transport(&mut self, transport: Arc<VirtioPci>) {
+        self.transports.push(transport);
+    }
+
+    /// The disk with this id.
+    #[must_use]
+    pub fn disk(&self, id: &str) -> Option<&LiveDisk> {
+        self.disks.iter().find(|(name, _)| name == id).map(|(_, disk)| disk)
+    }
+
+    /// The NIC with this id.
+    #[must_use]
+    pub fn nic(&self, id: &str) -> Option<&LiveNic> {
+        self.nics.iter().find(|(name, _)| name == id).map(|(_, nic)| nic)
+    }
+
+    /// The transport of the device with this id.
+    #[must_use]
+    pub fn transport(&self, id: &str) -> Option<&VirtioPci> {
+        self.transports.iter().find(|t| t.id() == id).map(|t| &**t)
+    }
+
+    /// All transports, in order of their slots' assignment.
+    #[must_use]
+    pub fn transports(&self) -> &[Arc<VirtioPci>] {
+        &self.transports
+    }
+
+    /// Makes everything that was written to the disks stable. May wait for a disk.
+    #[must_use]
+    pub fn flush_disks(&self) -> Vec<String> {
+        let failure = |(id, disk): &(String, LiveDisk)| {
+            let error = disk.handle.flush().err()?;
+            Some(format!("disk \"{id}\": the last flush failed: {error}"))
+        };
+        self.disks.iter().filter_map(failure).collect()
+    }
+}

@@ -1,0 +1,149 @@
+//! From configuration to machine: one small function per kind of device. Adding a device is one file and one line.
+//!
+//! Everything is opened and every thread is started (parked) here, before the first guest instruction runs.
+
+mod console;
+mod disks;
+mod inventory;
+mod machine;
+mod nics;
+mod platform;
+
+use std::sync::Arc;
+
+use rackvisor_api::problem::{Code, Problem};
+use rackvisor_devices::block::BlockError;
+use rackvisor_devices::virtio::{StartError, StillBusy};
+use rackvisor_devices::{DeviceNotifier, ThreadSpawner};
+use thiserror::Error;
+
+pub use self::console::StdioHooks;
+pub use self::inventory::{Inventory, LiveDisk, LiveNic};
+pub use self::machine::Machine;
+use crate::boot::BootError;
+use crate::boot::image::ImageError;
+use crate::cpu::CpuError;
+use crate::cpu::vcpu::EventSink;
+use crate::kvm::KvmError;
+use crate::memory::MemoryError;
+
+/// What the program that holds the VM decides once for all boots.
+#[derive(Clone, Default)]
+pub struct HostOptions {
+    /// How the console on this terminal is left.
+    pub stdio: StdioHooks,
+}
+
+/// What a machine needs of the process around it.
+pub struct Host {
+    /// Starts threads.
+    pub spawner: Arc<dyn ThreadSpawner>,
+    /// Is told what devices have to tell.
+    pub notifier: Arc<dyn DeviceNotifier>,
+    /// Is told what vCPUs have to tell.
+    pub vcpu_events: EventSink,
+    /// Options of the program.
+    pub options: HostOptions,
+}
+
+/// Why a machine could not be put together or restarted.
+#[derive(Debug, Error)]
+pub enum AssemblyError {
+    /// The configuration is impossible.
+    #[error("{0}")]
+    Config(Problem),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// vCPUs.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    /// Kernel or initrd.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A disk.
+    #[error("disk \"{id}\": {source}")]
+    Disk {
+        /// Which one.
+        id: String,
+        /// What is wrong with it.
+        source: BlockError,
+    },
+    /// A NIC.
+    #[error("NIC \"{id}\": {reason}")]
+    Nic {
+        /// Which one.
+        id: String,
+        /// What is wrong with it or its tap.
+        reason: String,
+    },
+    /// The serial console.
+    #[error("serial console: {0}")]
+    Console(#[from] rackvisor_devices::console::ConsoleError),
+    /// The host refused something small.
+    #[error("{what}: {reason}")]
+    Host {
+        /// What was asked for.
+        what: String,
+        /// What it answered.
+        reason: String,
+    },
+}
+
+impl AssemblyError {
+    fn host(what: impl Into<String>) -> impl FnOnce(&dyn std::fmt::Display) -> Self {
+        let what = what.into();
+        move |reason| Self::Host { what, reason: reason.to_string() }
+    }
+}
+
+impl From<ImageError> for AssemblyError {
+    fn from(error: ImageError) -> Self {
+        Self::Boot(error.into())
+    }
+}
+
+impl From<AssemblyError> for Problem {
+    fn from(error: AssemblyError) -> Self {
+        let (code, remedy) = match &error {
+            AssemblyError::Config(problem) => return problem.clone(),
+            AssemblyError::Memory(_) => (Code::OutOfResources, "the detail names what to change"),
+            AssemblyError::Boot(_) => (Code::BadImage, "the detail names what to change"),
+            AssemblyError::Disk { .. } | AssemblyError::Nic { .. } | AssemblyError::Console(_) => {
+                (Code::Unusable, "the detail names what to change; GET /v1/vm shows the configuration")
+            }
+            AssemblyError::Kvm(_) | AssemblyError::Cpu(_) => (Code::Unusable, "`rackvisor doctor` examines the host"),
+            AssemblyError::Host { .. } => (Code::OutOfResources, "the detail names what the host refused"),
+        };
+        Problem::new(code, error.to_string(), remedy)
+    }
+}
+
+/// A device that has not drained, by name.
+#[derive(Debug, Error)]
+#[error("{busy} on {device}")]
+pub struct DeviceBusy {
+    /// Identifier of the device.
+    pub device: String,
+    /// What it waits for.
+    pub busy: StillBusy,
+}
+
+/// A device that does not start again.
+#[derive(Debug, Error)]
+#[error("device \"{device}\" does not start: {source}")]
+pub struct DeviceStart {
+    /// Identifier of the device.
+    pub device: String,
+    /// Why.
+    pub source: StartError,
+}
+
+impl From<DeviceStart> for Problem {
+    fn from(error: DeviceStart) -> Self {
+        Problem::new(Code::Internal, error.to_string(), "reset the VM; the log of the VMM says more")
+    }
+}

@@ -1,0 +1,108 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+/// Virtual machine monitor for SAN-backed, SDN-connected datacenters: one process runs one VM.
+#[derive(Debug, Parser)]
+#[command(version, subcommand_negates_reqs = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do instead of serving the API.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to serve.
+    #[command(flatten)]
+    pub serve: Serve,
+    /// What to log to standard error, e.g. `warn` or `info,rackvisor::control=debug`.
+    #[arg(long, global = true, value_name = "FILTER", env = "RACKVISOR_LOG", default_value = "info")]
+    pub log: String,
+    /// How log lines look.
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "human")]
+    pub log_format: LogFormat,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  the VM ended as it was asked to
+  1  something failed; the last line on standard error says what
+  2  the command line is wrong
+  3  the guest crashed
+  4  doctor: this host cannot run stock kernels
+
+Examples:
+  rackvisor --api-socket /run/rackvisor/db01.sock
+  rackvisor --api-socket /run/rackvisor/db01.sock --config db01.toml --boot
+  rackvisor run db01.toml";
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One line for people.
+    Human,
+    /// One line without time stamps, for journald, which has its own.
+    Plain,
+}
+
+/// What to do instead of serving the API.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot the VM that FILE describes, with its console on this terminal; Ctrl-A X leaves.
+    Run {
+        /// Configuration, JSON or TOML.
+        file: PathBuf,
+    },
+    /// Examine whether this host's KVM can run stock kernels, and say what to do if not.
+    Doctor,
+}
+
+/// How to serve the API.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Unix socket to serve the API on.
+    #[arg(long, value_name = "SOCKET", required = true)]
+    pub api_socket: Option<PathBuf>,
+    /// Define the VM from this file, JSON or TOML, before the first client is heard.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Boot the VM at once.
+    #[arg(long, requires = "config")]
+    pub boot: bool,
+}
+
+impl Cli {
+    /// Starts logging as the command line says.
+    pub fn start_log(&self) {
+        let filter = EnvFilter::try_new(&self.log).unwrap_or_else(|error| {
+            eprintln!("rackvisor: --log {}: {error}; logging `info`", self.log);
+            EnvFilter::new("info")
+        });
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+        match self.log_format {
+            LogFormat::Human => log.with_ansi(false).init(),
+            LogFormat::Plain => log.with_ansi(false).without_time().init(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_socket_is_needed_to_serve_and_not_needed_otherwise() {
+        assert!(Cli::try_parse_from(["rackvisor"]).is_err());
+        assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s"]).is_ok());
+        assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s", "--boot"]).is_err());
+        assert!(Cli::try_parse_from(["rackvisor", "run", "vm.toml"]).is_ok());
+        assert!(Cli::try_parse_from(["rackvisor", "doctor"]).is_ok());
+    }
+}

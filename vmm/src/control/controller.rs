@@ -1,0 +1,495 @@
+//! The owner of the VM: takes messages one at a time and never waits for a disk, a network or a guest.
+//!
+//! ```text
+//!  boot      assemble (job) ──► start vCPUs ──► running
+//!  pause     stop vCPUs ──► drain devices ──► paused
+//!  reset     stop vCPUs ──► drain devices ──► back to power-on (job) ──► start vCPUs
+//!  end       stop vCPUs ──► drain devices ──► flush and dismantle (job) ──► stopped | crashed
+//! ```
+//! While an operation is under way, requests that would change the VM wait in line; descriptions are answered at once.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rackvisor_api::config::{OnReboot, VmConfig};
+use rackvisor_api::control::{Reply, Request, Response};
+use rackvisor_api::events::{EventKind, EventLog};
+use rackvisor_api::problem::{Code, Problem};
+use rackvisor_api::state::{Action, GuestEvent, RequestKind, VmState, decide, guest_event};
+use rackvisor_devices::bus::VmRequest;
+use rackvisor_devices::{DeviceEvent, ThreadSpawner};
+
+use super::jobs::Jobs;
+use super::mailbox::{Generation, Handle, Mailbox, Message};
+use super::operation::{DRAIN_DEADLINE, Ending, Operation, Purpose};
+use super::{LastWord, Lifetime};
+use crate::assembly::{AssemblyError, Host, HostOptions, Inventory, Machine};
+use crate::cpu::vcpu::VcpuEvent;
+use crate::telemetry::Sources;
+
+/// Requests that may wait for an operation to end.
+const MAX_WAITING: usize = 256;
+
+/// The owner of the VM.
+pub struct Controller {
+    pub(super) state: VmState,
+    pub(super) cause: Option<String>,
+    pub(super) config: Option<VmConfig>,
+    /// The machine, unless a job has it.
+    machine: Option<Box<Machine>>,
+    /// What describes the machine, also while a job has it.
+    pub(super) inventory: Option<Inventory>,
+    operation: Option<Operation>,
+    waiting: VecDeque<(Request, Reply)>,
+    /// What the guest asked for while an operation was under way.
+    guest_wants: Option<VcpuEvent>,
+    generation: Generation,
+    pub(super) booted: Option<Instant>,
+    pub(super) resets: u64,
+    terminating: bool,
+    ended: bool,
+    mailbox: Mailbox,
+    events: Arc<EventLog>,
+    metrics: Sources,
+    spawner: Arc<dyn ThreadSpawner>,
+    jobs: Jobs,
+    options: HostOptions,
+    lifetime: Lifetime,
+    failure: Option<Problem>,
+}
+
+impl Controller {
+    /// No VM yet.
+    ///
+    /// # Errors
+    /// When there is no thread left for the jobs.
+    pub fn new(
+        handle: Handle,
+        spawner: Arc<dyn ThreadSpawner>,
+        lifetime: Lifetime,
+        options: HostOptions,
+    ) -> std::io::Result<Self> {
+        let Handle { mailbox, events, metrics } = handle;
+        Ok(Self {
+            jobs: Jobs::new(&*spawner)?,
+            options,
+            lifetime,
+            failure: None,
+            guest_wants: None,
+            state: VmState::Undefined,
+            cause: None,
+            config: None,
+            machine: None,
+            inventory: None,
+            operation: None,
+            waiting: VecDeque::new(),
+            generation: 0,
+            booted: None,
+            resets: 0,
+            terminating: false,
+            ended: false,
+            mailbox,
+            events,
+            metrics,
+            spawner,
+        })
+    }
+
+    /// Whether the loop has nothing more to do.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// When to call [`Controller::tick`] at the latest.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.operation.as_ref().and_then(Operation::deadline)
+    }
+
+    /// How things stand.
+    #[must_use]
+    pub fn last_word(&self) -> LastWord {
+        LastWord { state: self.state, cause: self.cause.clone(), failure: self.failure.clone() }
+    }
+
+    /// Takes one message.
+    pub fn take(&mut self, message: Message) {
+        match message {
+            Message::Api(request, reply) => self.request(request, reply),
+            Message::Device { generation, device, event } if generation == self.generation => {
+                self.device_event(&device, event);
+            }
+            Message::Vcpu(generation, event) if generation == self.generation => self.vcpu_event(event),
+            Message::Device { .. } | Message::Vcpu(..) => {}
+            Message::Assembled(outcome) => self.assembled(*outcome),
+            Message::Restarted(machine, outcome) => self.restarted(machine, outcome),
+            Message::Dismantled(outcome) => self.dismantled(outcome),
+            Message::Terminate => self.terminate(),
+        }
+        self.work_off();
+    }
+
+    /// Looks after deadlines.
+    pub fn tick(&mut self) {
+        if matches!(self.operation, Some(Operation::Drain { .. })) {
+            self.drain();
+        }
+        self.work_off();
+    }
+
+    /// Takes up what waited for an operation.
+    fn work_off(&mut self) {
+        while self.operation.is_none() {
+            if self.terminating && self.machine.is_none() {
+                self.ended = true;
+                return;
+            }
+            if let Some(event) = self.guest_wants.take() {
+                self.vcpu_event(event);
+                continue;
+            }
+            let Some((request, reply)) = self.waiting.pop_front() else { return };
+            self.request(request, reply);
+        }
+    }
+
+    fn request(&mut self, request: Request, reply: Reply) {
+        if self.operation.is_some() && request.kind() != RequestKind::Query {
+            if self.waiting.len() >= MAX_WAITING {
+                let detail = format!("{MAX_WAITING} requests wait for an operation of the VM to end");
+                return reply.send(Err(Problem::new(Code::OutOfResources, detail, "ask again later")));
+            }
+            return self.waiting.push_back((request, reply));
+        }
+        if let Err(illegal) = decide(self.state, request.kind()) {
+            return reply.send(Err(illegal.into()));
+        }
+        match request {
+            Request::Act(action) => self.act(action, reply),
+            Request::Define(config) => reply.send(self.define(*config)),
+            Request::Forget => {
+                self.config = None;
+                self.move_to(VmState::Undefined, None);
+                reply.send(Ok(Response::Deleted));
+            }
+            other => reply.send(self.device_request(other)),
+        }
+    }
+
+    fn define(&mut self, config: VmConfig) -> Result<Response, Problem> {
+        config.validate().inspect_err(|problem| self.fails_to_start(problem))?;
+        let created = self.config.is_none();
+        self.config = Some(config);
+        self.move_to(VmState::Defined, None);
+        let info = Box::new(self.describe()?);
+        Ok(if created { Response::VmCreated(info) } else { Response::Vm(info) })
+    }
+
+    fn act(&mut self, action: Action, reply: Reply) {
+        let run = self.state == VmState::Running;
+        match action {
+            Action::Boot => self.boot(reply),
+            Action::Pause => self.begin(Purpose::Pause, Some(reply)),
+            Action::Resume => {
+                let outcome = self.resume();
+                reply.send(outcome.and_then(|()| self.described()));
+            }
+            Action::Reset => self.begin(Purpose::Reset { run, by_guest: false }, Some(reply)),
+            Action::Shutdown => {
+                self.begin(Purpose::End(Ending { to: VmState::Stopped, cause: None }), Some(reply));
+            }
+            Action::PowerButton | Action::Nmi => {
+                if let Some(machine) = &self.machine {
+                    match action {
+                        Action::Nmi => machine.nmi(),
+                        _ => machine.press_power_button(),
+                    }
+                }
+                reply.send(self.described());
+            }
+        }
+    }
+
+    pub(super) fn described(&self) -> Result<Response, Problem> {
+        Ok(Response::Vm(Box::new(self.describe()?)))
+    }
+
+    fn boot(&mut self, reply: Reply) {
+        let Some(config) = self.config.clone() else { return reply.send(Err(Problem::vm_undefined())) };
+        self.generation += 1;
+        let (generation, mailbox) = (self.generation, self.mailbox.clone());
+        let host = Host {
+            spawner: Arc::clone(&self.spawner),
+            options: self.options.clone(),
+            notifier: self.mailbox.notifier(generation),
+            vcpu_events: Arc::new(move |event| {
+                mailbox.send(Message::Vcpu(generation, event));
+            }),
+        };
+        let mailbox = self.mailbox.clone();
+        let job = move || {
+            let machine = Machine::assemble(&config, &host);
+            mailbox.send(Message::Assembled(Box::new(machine)));
+        };
+        self.operation = Some(Operation::Boot { reply });
+        self.jobs.run(Box::new(job));
+    }
+
+    fn assembled(&mut self, outcome: Result<Machine, AssemblyError>) {
+        let Some(Operation::Boot { reply }) = self.operation.take() else { return };
+        match outcome {
+            Ok(machine) => {
+                machine.start_vcpus();
+                let inventory = machine.inventory();
+                self.metrics.replace(inventory.metrics.clone());
+                self.inventory = Some(inventory);
+                self.machine = Some(Box::new(machine));
+                self.booted = Some(Instant::now());
+                self.resets = 0;
+                self.move_to(VmState::Running, None);
+                reply.send(self.described());
+            }
+            Err(error) => {
+                tracing::error!(vm = self.name(), %error, "the VM cannot be booted");
+                let problem = Problem::from(error);
+                self.fails_to_start(&problem);
+                reply.send(Err(problem));
+            }
+        }
+    }
+
+    /// A loop that lives for its first guest ends if there will be none.
+    fn fails_to_start(&mut self, problem: &Problem) {
+        if self.lifetime != Lifetime::Served && self.generation <= 1 {
+            self.failure = Some(problem.clone());
+            self.terminating = true;
+        }
+    }
+
+    /// Stops the vCPUs and begins to drain the devices.
+    fn begin(&mut self, purpose: Purpose, reply: Option<Reply>) {
+        let Some(machine) = &self.machine else { return };
+        if let Err(error) = machine.stop_vcpus() {
+            // A vCPU that does not come back cannot be drained around: the state says what is known.
+            tracing::error!(vm = self.name(), %error, "a vCPU does not stop");
+            if let Some(reply) = reply {
+                reply.send(Err(Problem::new(Code::Internal, error.to_string(), "look at the host's kernel log")));
+            }
+            return;
+        }
+        self.operation = Some(Operation::Drain { purpose, reply, deadline: Instant::now() + DRAIN_DEADLINE });
+        self.drain();
+    }
+
+    /// Goes on with an operation once the devices have drained, and gives it up at its deadline.
+    fn drain(&mut self) {
+        let Some(machine) = &self.machine else { return };
+        let drained = machine.pause_devices();
+        let Some(Operation::Drain { purpose, reply, deadline }) = self.operation.take() else { return };
+        match drained {
+            Ok(()) => self.drained(purpose, reply),
+            Err(_) if Instant::now() < deadline => {
+                self.operation = Some(Operation::Drain { purpose, reply, deadline });
+            }
+            Err(busy) => self.give_up(purpose, reply, &busy.to_string()),
+        }
+    }
+
+    fn give_up(&mut self, purpose: Purpose, reply: Option<Reply>, busy: &str) {
+        tracing::error!(vm = self.name(), busy, "devices did not drain in time: the VM goes on as it was");
+        if let Purpose::End(ending) = &purpose
+            && (ending.to == VmState::Crashed || self.terminating)
+        {
+            // There is no guest to go on with: take the machine apart around the hung request.
+            return self.dismantle(ending.clone(), reply);
+        }
+        if self.state == VmState::Running
+            && let Err(problem) = self.run_machine()
+        {
+            tracing::error!(vm = self.name(), %problem, "the VM cannot go on");
+        }
+        if let Some(reply) = reply {
+            let remedy = "look at the paths of the LUN (multipath -ll), then ask again";
+            reply.send(Err(Problem::new(Code::StillBusy, busy, remedy)));
+        }
+    }
+
+    fn drained(&mut self, purpose: Purpose, reply: Option<Reply>) {
+        match purpose {
+            Purpose::Pause => {
+                self.move_to(VmState::Paused, None);
+                if let Some(reply) = reply {
+                    reply.send(self.described());
+                }
+            }
+            Purpose::Reset { run, by_guest } => self.restart(run, by_guest, reply),
+            Purpose::End(ending) => self.dismantle(ending, reply),
+        }
+    }
+
+    fn restart(&mut self, run: bool, by_guest: bool, reply: Option<Reply>) {
+        let Some(mut machine) = self.machine.take() else { return };
+        self.resets += 1;
+        self.guest_wants = None;
+        if by_guest {
+            self.publish(EventKind::GuestReset);
+        }
+        self.operation = Some(Operation::Restart { run, reply });
+        let mailbox = self.mailbox.clone();
+        let job = move || {
+            let outcome = machine.reset();
+            mailbox.send(Message::Restarted(machine, outcome));
+        };
+        self.jobs.run(Box::new(job));
+    }
+
+    fn restarted(&mut self, machine: Box<Machine>, outcome: Result<(), AssemblyError>) {
+        let Some(Operation::Restart { run, reply }) = self.operation.take() else { return };
+        self.machine = Some(machine);
+        if let Err(error) = outcome {
+            let cause = format!("the guest cannot be restarted: {error}");
+            if let Some(reply) = reply {
+                reply.send(Err(error.into()));
+            }
+            return self.begin(Purpose::End(Ending { to: VmState::Crashed, cause: Some(cause) }), None);
+        }
+        if run && let Err(problem) = self.run_machine() {
+            tracing::error!(vm = self.name(), %problem, "the VM cannot go on");
+        }
+        if let Some(reply) = reply {
+            reply.send(self.described());
+        }
+    }
+
+    fn dismantle(&mut self, ending: Ending, reply: Option<Reply>) {
+        let Some(machine) = self.machine.take() else { return };
+        // Whatever its threads still have to say is about a machine that is gone.
+        self.generation += 1;
+        self.guest_wants = None;
+        // Whoever describes devices now sees configuration only; the job must have the last hold of guest RAM.
+        self.inventory = None;
+        self.metrics.replace(Vec::new());
+        self.operation = Some(Operation::Dismantle { ending, reply });
+        let mailbox = self.mailbox.clone();
+        let job = move || {
+            let flushed = machine.dismantle();
+            mailbox.send(Message::Dismantled(flushed));
+        };
+        self.jobs.run(Box::new(job));
+    }
+
+    fn dismantled(&mut self, flushed: Result<(), String>) {
+        let Some(Operation::Dismantle { ending, reply }) = self.operation.take() else { return };
+        self.booted = None;
+        if let Err(detail) = &flushed {
+            tracing::error!(vm = self.name(), detail, "the last flush of a disk failed");
+            self.publish(EventKind::DeviceError { device: "disks".into(), detail: detail.clone() });
+        }
+        if let (VmState::Crashed, Some(cause)) = (ending.to, &ending.cause) {
+            tracing::error!(vm = self.name(), cause, "the guest crashed");
+            self.publish(EventKind::Crashed { cause: cause.clone() });
+        }
+        self.move_to(ending.to, ending.cause);
+        self.terminating |= self.lifetime == Lifetime::WithGuest;
+        if let Some(reply) = reply {
+            reply.send(match flushed {
+                Ok(()) => self.described(),
+                Err(detail) => Err(Problem::new(Code::Internal, detail, "check the disk before the next boot")),
+            });
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Problem> {
+        self.run_machine()?;
+        self.move_to(VmState::Running, None);
+        Ok(())
+    }
+
+    /// Starts devices and vCPUs.
+    fn run_machine(&mut self) -> Result<(), Problem> {
+        let Some(machine) = &self.machine else { return Ok(()) };
+        machine.resume_devices().map_err(Problem::from)?;
+        machine.start_vcpus();
+        Ok(())
+    }
+
+    fn vcpu_event(&mut self, event: VcpuEvent) {
+        if self.operation.is_some() {
+            self.guest_wants.get_or_insert(event);
+            return;
+        }
+        let run = self.state == VmState::Running;
+        match event {
+            VcpuEvent::Request(VmRequest::Reset) => match self.config.as_ref().map(|c| c.on_reboot) {
+                Some(OnReboot::Stop) => self.guest_ends(GuestEvent::Shutdown, "guest reboot (on_reboot = stop)"),
+                _ => self.begin(Purpose::Reset { run, by_guest: true }, None),
+            },
+            VcpuEvent::Request(VmRequest::PowerOff) => {
+                self.publish(EventKind::GuestShutdown);
+                self.guest_ends(GuestEvent::Shutdown, "guest power-off");
+            }
+            VcpuEvent::Request(request) => tracing::error!(?request, "a request that no part of the VM takes"),
+            VcpuEvent::Crashed(cause) => self.guest_ends(GuestEvent::Crash, &cause),
+        }
+    }
+
+    fn guest_ends(&mut self, event: GuestEvent, cause: &str) {
+        let Some(to) = guest_event(self.state, event) else { return };
+        self.begin(Purpose::End(Ending { to, cause: Some(cause.to_owned()) }), None);
+    }
+
+    fn device_event(&mut self, device: &str, event: DeviceEvent) {
+        let device = device.to_owned();
+        match event {
+            DeviceEvent::Drained => {
+                if matches!(self.operation, Some(Operation::Drain { .. })) {
+                    self.drain();
+                }
+            }
+            DeviceEvent::Resized { bytes } => self.publish(EventKind::DiskResized { device, capacity: bytes }),
+            DeviceEvent::IoError { operation, errno } => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                self.publish(EventKind::DeviceError { device, detail: format!("{operation}: {error}") });
+            }
+            DeviceEvent::NeedsReset { reason } => {
+                let detail = format!("the driver broke the rules, the device waits for its reset: {reason}");
+                self.publish(EventKind::DeviceError { device, detail });
+            }
+            DeviceEvent::BackendLost { reason } => {
+                self.publish(EventKind::DeviceError { device, detail: reason });
+            }
+            other => tracing::warn!(device, event = ?other, "an event that has no name in the API"),
+        }
+    }
+
+    /// Ends the VM with everything flushed, then the loop.
+    fn terminate(&mut self) {
+        self.terminating = true;
+        if self.operation.is_none() && self.machine.is_some() {
+            let ending = Ending { to: VmState::Stopped, cause: Some("the VMM was told to end".into()) };
+            self.begin(Purpose::End(ending), None);
+        } else if self.machine.is_some() {
+            // The operation under way comes first; the mailbox brings us back behind it.
+            self.mailbox.send(Message::Terminate);
+        }
+    }
+
+    pub(super) fn move_to(&mut self, to: VmState, cause: Option<String>) {
+        let from = std::mem::replace(&mut self.state, to);
+        self.cause.clone_from(&cause);
+        if from != to {
+            tracing::info!(vm = self.name(), %from, %to, cause, "state changed");
+            self.publish(EventKind::StateChanged { from, to, cause });
+        }
+    }
+
+    pub(super) fn publish(&self, what: EventKind) {
+        self.events.publish(self.name(), what);
+    }
+
+    fn name(&self) -> &str {
+        self.config.as_ref().map_or("", |config| &config.name)
+    }
+}

@@ -1,0 +1,167 @@
+//! What the API shows of the VM and its devices, and what it may change of them.
+
+use rackvisor_api::config::{DiskConfig, DiskPatch, NicConfig, NicPatch, VmConfig, slot_assignment};
+use rackvisor_api::control::{DeviceState, DiskCounters, DiskInfo, NicCounters, NicInfo, Request, Response, VmInfo};
+use rackvisor_api::events::EventKind;
+use rackvisor_api::problem::{Code, Problem};
+use rackvisor_api::state::VmState;
+use rackvisor_devices::virtio::pci::{DriverState, VirtioPci};
+
+use super::controller::Controller;
+
+impl Controller {
+    pub(super) fn describe(&self) -> Result<VmInfo, Problem> {
+        let config = self.config()?;
+        Ok(VmInfo {
+            state: self.state,
+            cause: self.cause.clone(),
+            uptime_ms: self.booted.map(|b| u64::try_from(b.elapsed().as_millis()).unwrap_or(u64::MAX)),
+            resets: self.resets,
+            vcpus: self.inventory.as_ref().map_or(0, |_| config.cpus.count),
+            serial_path: self.inventory.as_ref().and_then(|i| i.serial_path.clone()),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            config: config.clone(),
+        })
+    }
+
+    /// Answers a request about devices.
+    pub(super) fn device_request(&mut self, request: Request) -> Result<Response, Problem> {
+        match request {
+            Request::Describe => self.described(),
+            Request::ListDisks => {
+                let ids: Vec<_> = self.config()?.disks.iter().map(|d| d.id.clone()).collect();
+                Ok(Response::Disks(ids.iter().map(|id| self.disk_info(id)).collect::<Result<_, _>>()?))
+            }
+            Request::GetDisk(id) => Ok(Response::Disk(Box::new(self.disk_info(&id)?))),
+            Request::PutDisk(disk) => {
+                let (config, created) = self.config()?.with_disk((*disk).clone())?;
+                self.config = Some(config);
+                let info = Box::new(self.disk_info(&disk.id)?);
+                Ok(if created { Response::DiskCreated(info) } else { Response::Disk(info) })
+            }
+            Request::PatchDisk(id, patch) => self.patch_disk(&id, &patch),
+            Request::DeleteDisk(id) => {
+                self.config = Some(self.config()?.without_disk(&id)?);
+                Ok(Response::Deleted)
+            }
+            Request::ListNics => {
+                let ids: Vec<_> = self.config()?.nics.iter().map(|n| n.id.clone()).collect();
+                Ok(Response::Nics(ids.iter().map(|id| self.nic_info(id)).collect::<Result<_, _>>()?))
+            }
+            Request::GetNic(id) => Ok(Response::Nic(Box::new(self.nic_info(&id)?))),
+            Request::PutNic(nic) => {
+                let (config, created) = self.config()?.with_nic((*nic).clone())?;
+                self.config = Some(config);
+                let info = Box::new(self.nic_info(&nic.id)?);
+                Ok(if created { Response::NicCreated(info) } else { Response::Nic(info) })
+            }
+            Request::PatchNic(id, patch) => self.patch_nic(&id, &patch),
+            Request::DeleteNic(id) => {
+                self.config = Some(self.config()?.without_nic(&id)?);
+                Ok(Response::Deleted)
+            }
+            Request::Define(_) | Request::Forget | Request::Act(_) => Err(Problem::new(
+                Code::Internal,
+                "a request about the VM came where only devices are served",
+                "report this with the log of the VMM",
+            )),
+        }
+    }
+
+    fn config(&self) -> Result<&VmConfig, Problem> {
+        self.config.as_ref().ok_or_else(Problem::vm_undefined)
+    }
+
+    fn disk_config(&self, id: &str) -> Result<&DiskConfig, Problem> {
+        self.config()?.disk(id).ok_or_else(|| Problem::no_such_disk(id))
+    }
+
+    fn nic_config(&self, id: &str) -> Result<&NicConfig, Problem> {
+        self.config()?.nic(id).ok_or_else(|| Problem::no_such_nic(id))
+    }
+
+    /// An empty patch looks at the size of the disk again; the rest needs a guest that does not exist.
+    fn patch_disk(&mut self, id: &str, patch: &DiskPatch) -> Result<Response, Problem> {
+        let disk = self.disk_config(id)?;
+        if patch.is_empty() {
+            if let Some(live) = self.inventory.as_ref().and_then(|i| i.disk(id)) {
+                live.rescan().map_err(|e| {
+                    Problem::new(Code::Unusable, e.to_string(), "a disk may grow while it is in use, never shrink")
+                })?;
+            }
+        } else if self.inventory.is_some() {
+            return Err(while_running(id, "an empty patch, which looks at the size again"));
+        } else {
+            let changed = patch.apply(disk)?;
+            self.config = Some(self.config()?.with_disk(changed)?.0);
+        }
+        Ok(Response::Disk(Box::new(self.disk_info(id)?)))
+    }
+
+    /// The link may change at any time; the rest needs a guest that does not exist.
+    fn patch_nic(&mut self, id: &str, patch: &NicPatch) -> Result<Response, Problem> {
+        let old = self.nic_config(id)?.clone();
+        let changed = patch.apply(&old)?;
+        if self.inventory.is_some() && !patch.only_link() {
+            return Err(while_running(id, "`link`"));
+        }
+        let link = changed.link;
+        self.config = Some(self.config()?.with_nic(changed)?.0);
+        if let Some(live) = self.inventory.as_ref().and_then(|i| i.nic(id)) {
+            live.set_link(link);
+            if link != old.link {
+                self.publish(EventKind::LinkChanged { device: id.to_owned(), link });
+            }
+        }
+        Ok(Response::Nic(Box::new(self.nic_info(id)?)))
+    }
+
+    fn pci(&self, id: &str) -> Result<String, Problem> {
+        let slots = slot_assignment(self.config()?)?;
+        let slot = slots.iter().find(|(device, _)| device == id).map_or(0, |(_, slot)| *slot);
+        Ok(format!("0000:00:{slot:02x}.0"))
+    }
+
+    fn device_state(&self, id: &str) -> DeviceState {
+        match self.inventory.as_ref().and_then(|i| i.transport(id)).map(VirtioPci::driver_state) {
+            None => DeviceState::Configured,
+            Some(DriverState::NeedsReset) => DeviceState::NeedsReset,
+            Some(DriverState::Idle) => DeviceState::Idle,
+            Some(DriverState::Active) if self.state == VmState::Paused => DeviceState::Paused,
+            Some(DriverState::Active) => DeviceState::Active,
+        }
+    }
+
+    fn disk_info(&self, id: &str) -> Result<DiskInfo, Problem> {
+        let config = self.disk_config(id)?.clone();
+        let live = self.inventory.as_ref().and_then(|i| i.disk(id));
+        let geometry = live.map(|l| l.geometry());
+        Ok(DiskInfo {
+            state: self.device_state(id),
+            pci: self.pci(id)?,
+            capacity: geometry.as_ref().map(|g| g.capacity),
+            logical_block_size: geometry.as_ref().map(|g| g.logical_block_size),
+            physical_block_size: geometry.as_ref().map(|g| g.physical_block_size),
+            counters: live.map_or_else(DiskCounters::default, |l| l.counters()),
+            config,
+        })
+    }
+
+    fn nic_info(&self, id: &str) -> Result<NicInfo, Problem> {
+        let config = self.nic_config(id)?.clone();
+        let live = self.inventory.as_ref().and_then(|i| i.nic(id));
+        Ok(NicInfo {
+            state: self.device_state(id),
+            pci: self.pci(id)?,
+            link: config.link,
+            counters: live.map_or_else(NicCounters::default, |l| l.counters()),
+            config,
+        })
+    }
+}
+
+fn while_running(id: &str, possible: &str) -> Problem {
+    let detail = format!("device \"{id}\" is in use by the guest: only {possible} is possible");
+    Problem::new(Code::HotplugUnsupported, detail, "shut the VM down first")
+}

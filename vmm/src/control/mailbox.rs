@@ -1,0 +1,142 @@
+//! The way into the control thread: everybody who wants something of the VM leaves a message and never waits.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+
+use rackvisor_api::control::{Control, Reply, Request};
+use rackvisor_api::events::EventLog;
+use rackvisor_devices::{DeviceEvent, DeviceNotifier};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::assembly::{AssemblyError, Machine};
+use crate::cpu::vcpu::VcpuEvent;
+use crate::telemetry::Sources;
+
+/// Which boot a message belongs to: those of a machine that is gone are dropped.
+pub type Generation = u64;
+
+/// What the control thread is told.
+pub enum Message {
+    /// A client wants something.
+    Api(Request, Reply),
+    /// A device has something to tell.
+    Device {
+        /// The boot that it belongs to.
+        generation: Generation,
+        /// Identifier of the device.
+        device: String,
+        /// What it tells.
+        event: DeviceEvent,
+    },
+    /// A vCPU has something to tell.
+    Vcpu(Generation, VcpuEvent),
+    /// A job has put the machine together.
+    Assembled(Box<Result<Machine, AssemblyError>>),
+    /// A job has brought the machine back to power-on.
+    Restarted(Box<Machine>, Result<(), AssemblyError>),
+    /// A job has taken the machine apart; what its last flush said.
+    Dismantled(Result<(), String>),
+    /// End the VM and then the control loop.
+    Terminate,
+}
+
+/// Where messages for the control thread go. Clones share it.
+#[derive(Clone)]
+pub struct Mailbox {
+    sender: Sender<Message>,
+    wake: Arc<EventFd>,
+}
+
+impl Mailbox {
+    /// A mailbox, and the end that the control thread keeps.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn new() -> std::io::Result<(Self, Inbox)> {
+        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let (sender, receiver) = mpsc::channel();
+        Ok((Self { sender, wake: Arc::clone(&wake) }, Inbox { receiver, wake }))
+    }
+
+    /// Leaves a message. Says whether the control thread is still there.
+    pub fn send(&self, message: Message) -> bool {
+        let sent = self.sender.send(message).is_ok();
+        // A full counter means that the thread is being woken already.
+        let _ = self.wake.write(1);
+        sent
+    }
+
+    /// A notifier for the devices of one boot.
+    #[must_use]
+    pub fn notifier(&self, generation: Generation) -> Arc<dyn DeviceNotifier> {
+        Arc::new(Notifier { mailbox: self.clone(), generation })
+    }
+}
+
+/// The control thread's end of its mailbox.
+pub struct Inbox {
+    receiver: Receiver<Message>,
+    wake: Arc<EventFd>,
+}
+
+impl Inbox {
+    /// The next message, if there is one.
+    #[must_use]
+    pub fn take(&self) -> Option<Message> {
+        self.receiver.try_recv().ok()
+    }
+
+    /// Wakes the thread for what is left in the box.
+    pub fn wake_again(&self) {
+        let _ = self.wake.write(1);
+    }
+
+    /// Forgets the wake-up that brought the thread here.
+    pub fn acknowledge(&self) {
+        let _ = self.wake.read();
+    }
+}
+
+impl AsRawFd for Inbox {
+    fn as_raw_fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+}
+
+struct Notifier {
+    mailbox: Mailbox,
+    generation: Generation,
+}
+
+impl DeviceNotifier for Notifier {
+    fn notify(&self, device: &str, event: DeviceEvent) {
+        self.mailbox.send(Message::Device { generation: self.generation, device: device.to_owned(), event });
+    }
+}
+
+/// What the API server and embedders hold of a VM.
+#[derive(Clone)]
+pub struct Handle {
+    /// Where requests go.
+    pub mailbox: Mailbox,
+    /// What happened.
+    pub events: Arc<EventLog>,
+    /// What is counted.
+    pub metrics: Sources,
+}
+
+impl Control for Handle {
+    fn submit(&self, request: Request, reply: Reply) {
+        // A message that nobody takes drops its reply, which answers by itself.
+        self.mailbox.send(Message::Api(request, reply));
+    }
+
+    fn metrics(&self) -> String {
+        self.metrics.render()
+    }
+
+    fn events(&self) -> Arc<EventLog> {
+        Arc::clone(&self.events)
+    }
+}

@@ -1,0 +1,76 @@
+//! What takes longer than a message: at most one operation is under way, and it always ends.
+
+use std::time::{Duration, Instant};
+
+use rackvisor_api::control::Reply;
+use rackvisor_api::state::VmState;
+
+/// How long devices may take to drain before the operation gives up and the VM goes on as it was.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Why the devices are being drained.
+pub enum Purpose {
+    /// To pause the VM.
+    Pause,
+    /// To restart the guest; `run` says whether it runs afterwards.
+    Reset {
+        /// Whether the vCPUs run afterwards.
+        run: bool,
+        /// Whether the guest asked for it.
+        by_guest: bool,
+    },
+    /// To end the guest.
+    End(Ending),
+}
+
+/// How the guest ends.
+#[derive(Debug, Clone)]
+pub struct Ending {
+    /// The state afterwards.
+    pub to: VmState,
+    /// Why, where that is not by request.
+    pub cause: Option<String>,
+}
+
+/// What is under way.
+pub enum Operation {
+    /// A job puts the machine together.
+    Boot {
+        /// Who waits for it.
+        reply: Reply,
+    },
+    /// Devices complete what is in flight; the vCPUs stand still.
+    Drain {
+        /// What for.
+        purpose: Purpose,
+        /// Who waits for it, if anybody does.
+        reply: Option<Reply>,
+        /// When to give up.
+        deadline: Instant,
+    },
+    /// A job brings the machine back to power-on.
+    Restart {
+        /// Whether the vCPUs run afterwards.
+        run: bool,
+        /// Who waits for it.
+        reply: Option<Reply>,
+    },
+    /// A job takes the machine apart.
+    Dismantle {
+        /// How the guest ended.
+        ending: Ending,
+        /// Who waits for it.
+        reply: Option<Reply>,
+    },
+}
+
+impl Operation {
+    /// When the operation wants to be looked at again without a message.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        match self {
+            Self::Drain { deadline, .. } => Some(*deadline),
+            _ => None,
+        }
+    }
+}

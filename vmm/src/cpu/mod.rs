@@ -1,0 +1,240 @@
+//! vCPUs: what they are (CPUID, MSRs, registers) and the threads that run them.
+
+pub mod cpuid;
+pub mod metrics;
+pub mod state;
+pub mod topology;
+pub mod vcpu;
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_bindings::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use rackvisor_api::config::CpusConfig;
+use rackvisor_devices::ThreadSpawner;
+use rackvisor_devices::metrics::MetricSource;
+use thiserror::Error;
+use vmm_sys_util::signal::Killable;
+
+use self::cpuid::CpuModel;
+use self::metrics::{VcpuMetrics, VcpuSetMetrics};
+use self::state::PowerOnState;
+use self::topology::ApicIds;
+use self::vcpu::{Command, EventSink, Platform, VcpuThread, kick_signal};
+use crate::boot::Entry;
+use crate::kvm::{KvmError, refused};
+
+/// A vCPU answers within microseconds; when it does not within this time, the host is in deep trouble.
+const ANSWER: Duration = Duration::from_secs(5);
+/// The highest APIC ID that an xAPIC can have.
+const MAX_XAPIC_ID: u32 = 254;
+
+/// Why vCPUs could not be made or commanded.
+#[derive(Debug, Error)]
+pub enum CpuError {
+    /// KVM refused something.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// More vCPUs, or higher APIC IDs, than KVM has on this host.
+    #[error(
+        "{wanted} is more than this host's KVM has ({limit}): give the VM fewer `cpus.count`, or a flatter topology"
+    )]
+    TooMany {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        limit: usize,
+    },
+    /// No thread could be had.
+    #[error("cannot start the thread of vCPU {index}: {source}; raise the limit of processes (pids.max, ulimit -u)")]
+    Thread {
+        /// Index of the vCPU.
+        index: u8,
+        /// What the kernel answered.
+        source: std::io::Error,
+    },
+    /// A vCPU does not answer.
+    #[error("vCPU {index} did not answer within {} s", ANSWER.as_secs())]
+    NoAnswer {
+        /// Index of the vCPU.
+        index: u8,
+    },
+}
+
+/// KVM's vCPUs, made and given their CPUID, not running yet.
+pub struct NewVcpus {
+    fds: Vec<(VcpuFd, PowerOnState)>,
+    /// APIC IDs in order of index.
+    pub apic_ids: Vec<u32>,
+}
+
+impl NewVcpus {
+    /// Makes the vCPUs that `config` asks for.
+    ///
+    /// # Errors
+    /// [`CpuError`].
+    pub fn create(kvm: &Kvm, vm: &VmFd, config: &CpusConfig) -> Result<Self, CpuError> {
+        let ids = ApicIds::new(config.topology());
+        let apic_ids: Vec<u32> = (0..config.count).map(|index| ids.of(index)).collect();
+        check_limits(kvm, &apic_ids)?;
+        if apic_ids.iter().any(|id| *id > MAX_XAPIC_ID) {
+            let flags = u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
+            let mut cap = kvm_enable_cap { cap: Cap::X2ApicApi as u32, ..Default::default() };
+            cap.args[0] = flags;
+            vm.enable_cap(&cap).map_err(refused("32-bit APIC IDs"))?;
+        }
+        let mut model = None;
+        let fds = apic_ids.iter().map(|id| -> Result<_, CpuError> {
+            let fd = vm.create_vcpu(u64::from(*id)).map_err(refused("a new vCPU"))?;
+            let model = match &model {
+                Some(model) => model,
+                None => {
+                    let tsc_khz = fd.get_tsc_khz().map_err(refused("the frequency of the TSC"))?;
+                    model.insert(CpuModel::host(kvm, ids, tsc_khz)?)
+                }
+            };
+            fd.set_cpuid2(&model.for_vcpu(*id)?).map_err(refused("the CPUID of a vCPU"))?;
+            state::set_firmware_state(&fd)?;
+            let power_on = PowerOnState::save(kvm, &fd)?;
+            Ok((fd, power_on))
+        });
+        Ok(Self { fds: fds.collect::<Result<_, _>>()?, apic_ids })
+    }
+
+    /// Starts a parked thread for each vCPU.
+    ///
+    /// # Errors
+    /// [`CpuError::Thread`]; threads that started have ended again then.
+    pub fn start(
+        self,
+        platform: &Platform,
+        events: &EventSink,
+        spawner: &dyn ThreadSpawner,
+    ) -> Result<VcpuSet, CpuError> {
+        let mut set = VcpuSet { vcpus: Vec::with_capacity(self.fds.len()) };
+        for (index, (fd, power_on)) in (0u8..).zip(self.fds) {
+            let (sender, commands) = mpsc::channel();
+            let metrics = Arc::<VcpuMetrics>::default();
+            let thread = VcpuThread {
+                index,
+                fd,
+                power_on,
+                platform: platform.clone(),
+                commands,
+                events: Arc::clone(events),
+                metrics: Arc::clone(&metrics),
+            };
+            let handle = spawner
+                .spawn(&format!("vcpu{index}"), Box::new(move || thread.run()))
+                .map_err(|source| CpuError::Thread { index, source })?;
+            set.vcpus.push(Vcpu { index, sender, handle: Some(handle), metrics });
+        }
+        Ok(set)
+    }
+}
+
+fn check_limits(kvm: &Kvm, apic_ids: &[u32]) -> Result<(), CpuError> {
+    let limit = kvm.get_max_vcpus();
+    if apic_ids.len() > limit {
+        return Err(CpuError::TooMany { wanted: format!("{} vCPUs", apic_ids.len()), limit });
+    }
+    let limit = kvm.get_max_vcpu_id();
+    match apic_ids.iter().find(|id| **id as usize >= limit) {
+        Some(id) => Err(CpuError::TooMany { wanted: format!("APIC ID {id}"), limit }),
+        None => Ok(()),
+    }
+}
+
+struct Vcpu {
+    index: u8,
+    sender: Sender<Command>,
+    handle: Option<JoinHandle<()>>,
+    metrics: Arc<VcpuMetrics>,
+}
+
+impl Vcpu {
+    fn command(&self, command: Command) {
+        // A thread that has ended takes no command: the answer that does not come tells.
+        let _ = self.sender.send(command);
+        if let Some(handle) = &self.handle {
+            let _ = handle.kill(kick_signal());
+        }
+    }
+}
+
+/// The vCPUs of a VM: one part with the lifecycle of a device.
+pub struct VcpuSet {
+    vcpus: Vec<Vcpu>,
+}
+
+impl VcpuSet {
+    /// Lets the guest run.
+    pub fn start(&self) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.command(Command::Run));
+    }
+
+    /// Stops the guest. No vCPU runs when this returns.
+    ///
+    /// # Errors
+    /// [`CpuError::NoAnswer`].
+    pub fn stop(&self) -> Result<(), CpuError> {
+        self.all(|_, done| Command::Park(done))
+    }
+
+    /// Brings all vCPUs to power-on and the first to `entry`. They must be stopped.
+    ///
+    /// # Errors
+    /// [`CpuError`]; the guest must not be started then.
+    pub fn reset(&self, entry: &Entry) -> Result<(), CpuError> {
+        self.all(|index, done| Command::Reset((index == 0).then_some(*entry), done))
+    }
+
+    /// Sends a non-maskable interrupt to every vCPU, as the button on a server does.
+    pub fn nmi(&self) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.command(Command::Nmi));
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.vcpus.is_empty()
+    }
+
+    /// The counters of all vCPUs.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<dyn MetricSource> {
+        Arc::new(VcpuSetMetrics(self.vcpus.iter().map(|v| Arc::clone(&v.metrics)).collect()))
+    }
+
+    fn all(&self, command: impl Fn(u8, mpsc::SyncSender<Result<(), KvmError>>) -> Command) -> Result<(), CpuError> {
+        let answers = self.vcpus.iter().map(|vcpu| {
+            let (done, answer) = mpsc::sync_channel(1);
+            vcpu.command(command(vcpu.index, done));
+            (vcpu.index, answer)
+        });
+        for (index, answer) in answers.collect::<Vec<_>>() {
+            answer.recv_timeout(ANSWER).map_err(|_| CpuError::NoAnswer { index })??;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.command(Command::Exit));
+        for vcpu in &mut self.vcpus {
+            if let Some(Err(_)) = vcpu.handle.take().map(JoinHandle::join) {
+                tracing::error!(vcpu = vcpu.index, "the thread of a vCPU panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! A vCPU: a thread that runs the guest, and parks when it is told to.
+//!
+//! Commands go through a channel and a signal. The signal's handler makes KVM_RUN return at once even where it arrives
+//! just before it, so no command waits for the guest.
+#![allow(unsafe_code)] // The signal handler reaches into the `kvm_run` of its own thread.
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use rackvisor_devices::bus::{Bus, VmRequest};
+use rackvisor_devices::pci::Root;
+
+use super::metrics::{Exit, VcpuMetrics};
+use super::state::{self, PowerOnState};
+use crate::boot::Entry;
+use crate::kvm::KvmError;
+
+/// What a vCPU is told to do.
+#[derive(Debug)]
+pub enum Command {
+    /// Run the guest.
+    Run,
+    /// Stop running the guest, and acknowledge.
+    Park(SyncSender<Result<(), KvmError>>),
+    /// Back to power-on; the boot vCPU gets the entry point. Only while parked.
+    Reset(Option<Entry>, SyncSender<Result<(), KvmError>>),
+    /// Deliver a non-maskable interrupt.
+    Nmi,
+    /// End the thread.
+    Exit,
+}
+
+/// What a vCPU tells the control thread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VcpuEvent {
+    /// The guest asked for something that concerns the whole VM. The vCPU is parked until it is told to go on.
+    Request(VmRequest),
+    /// The guest or KVM failed. The vCPU is parked.
+    Crashed(String),
+}
+
+/// Where a vCPU sends its events. Never blocks.
+pub type EventSink = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
+
+/// What a vCPU's accesses reach.
+#[derive(Clone)]
+pub struct Platform {
+    /// Ports.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped registers.
+    pub mmio: Arc<Bus>,
+    /// Moves BARs.
+    pub pci: Arc<Root>,
+}
+
+impl Platform {
+    /// Applies what a vCPU must see done before its next instruction; passes on the rest.
+    fn settle(&self, request: Option<VmRequest>) -> Option<VmRequest> {
+        match request {
+            Some(VmRequest::BarsChanged(slot)) => {
+                self.pci.remap(slot);
+                None
+            }
+            other => other,
+        }
+    }
+}
+
+thread_local! {
+    static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// The real-time signal that kicks vCPU threads.
+#[must_use]
+pub fn kick_signal() -> i32 {
+    vmm_sys_util::signal::SIGRTMIN()
+}
+
+extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let run = KVM_RUN.get();
+    if !run.is_null() {
+        // SAFETY: the pointer is set only while this thread's VcpuFd, which owns the mapping, is alive in
+        // `VcpuThread::run`, and this handler runs on the same thread. The field is one byte that KVM reads.
+        unsafe { ptr::write_volatile(ptr::addr_of_mut!((*run).immediate_exit), 1) };
+    }
+}
+
+/// Installs the handler of the signal that kicks vCPUs, once for the process.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), kicked)
+}
+
+/// A vCPU before its thread runs it.
+pub struct VcpuThread {
+    /// Index of the vCPU.
+    pub index: u8,
+    /// KVM's vCPU.
+    pub fd: VcpuFd,
+    /// The state that a reset returns to.
+    pub power_on: PowerOnState,
+    /// What accesses reach.
+    pub platform: Platform,
+    /// What to do.
+    pub commands: Receiver<Command>,
+    /// Where events go.
+    pub events: EventSink,
+    /// Counters.
+    pub metrics: Arc<VcpuMetrics>,
+}
+
+/// What a parked or running vCPU does next.
+enum Next {
+    Run,
+    Park,
+    Exit,
+}
+
+/// Clears the handler's pointer before the mapping goes away, also when the thread panics.
+struct HandlerPointer;
+
+impl Drop for HandlerPointer {
+    fn drop(&mut self) {
+        KVM_RUN.set(ptr::null_mut());
+    }
+}
+
+impl VcpuThread {
+    /// The body of the thread: parked at first.
+    pub fn run(mut self) {
+        KVM_RUN.set(self.fd.get_kvm_run());
+        let _pointer = HandlerPointer;
+        let mut next = Next::Park;
+        loop {
+            next = match next {
+                Next::Park => match self.commands.recv() {
+                    Ok(command) => self.obey(command, Next::Park),
+                    Err(_) => return,
+                },
+                Next::Run => self.run_guest(),
+                Next::Exit => return,
+            };
+        }
+    }
+
+    fn obey(&mut self, command: Command, now: Next) -> Next {
+        match command {
+            Command::Run => Next::Run,
+            Command::Park(done) => {
+                let _ = done.try_send(Ok(()));
+                Next::Park
+            }
+            Command::Reset(entry, done) => {
+                let reset = self.power_on.restore(&self.fd).and_then(|()| match &entry {
+                    Some(entry) => state::set_entry(&self.fd, entry),
+                    None => Ok(()),
+                });
+                let _ = done.try_send(reset);
+                now
+            }
+            Command::Nmi => {
+                if let Err(error) = self.fd.nmi() {
+                    tracing::warn!(vcpu = self.index, %error, "KVM refused an NMI");
+                }
+                now
+            }
+            Command::Exit => Next::Exit,
+        }
+    }
+
+    /// Runs the guest until there is a command or the guest asks for something.
+    fn run_guest(&mut self) -> Next {
+        loop {
+            self.fd.set_kvm_immediate_exit(0);
+            loop {
+                match self.commands.try_recv() {
+                    Ok(command) => match self.obey(command, Next::Run) {
+                        Next::Run => {}
+                        other => return other,
+                    },
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return Next::Exit,
+                }
+            }
+            if let Some(event) = self.run_until_interrupted() {
+                self.finish_access();
+                (self.events)(event);
+                return Next::Park;
+            }
+        }
+    }
+
+    /// Runs the guest until a signal (`None`) or an event.
+    fn run_until_interrupted(&mut self) -> Option<VcpuEvent> {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        loop {
+            let request = match self.fd.run() {
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    self.metrics.count(Exit::PortRead);
+                    for item in data.chunks_mut(port_width(run)) {
+                        self.platform.pio.read(u64::from(port), item);
+                    }
+                    None
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    self.metrics.count(Exit::PortWrite);
+                    let items = data.chunks(port_width(run));
+                    items.fold(None, |last, item| self.platform.pio.write(u64::from(port), item).or(last))
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    self.metrics.count(Exit::MmioRead);
+                    self.platform.mmio.read(address, data);
+                    None
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    self.metrics.count(Exit::MmioWrite);
+                    self.platform.mmio.write(address, data)
+                }
+                Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {
+                    self.metrics.count(Exit::Other);
+                    None
+                }
+                Ok(other) => {
+                    self.metrics.count(Exit::Other);
+                    let event = describe(&other, run);
+                    return Some(event.unwrap_or_else(|cause| VcpuEvent::Crashed(self.with_position(&cause))));
+                }
+                Err(error) => match error.errno() {
+                    libc::EINTR => {
+                        self.metrics.count(Exit::Signal);
+                        return None;
+                    }
+                    libc::EAGAIN => None,
+                    _ => {
+                        let cause = format!("KVM_RUN failed: {error}");
+                        return Some(VcpuEvent::Crashed(self.with_position(&cause)));
+                    }
+                },
+            };
+            if let Some(request) = self.platform.settle(request) {
+                return Some(VcpuEvent::Request(request));
+            }
+        }
+    }
+
+    /// Lets KVM finish the instruction whose access was answered, so that the registers are those behind it.
+    fn finish_access(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+    }
+
+    fn with_position(&self, cause: &str) -> String {
+        match self.fd.get_regs() {
+            Ok(regs) => format!("vCPU {}: {cause} (rip {:#x}, rsp {:#x})", self.index, regs.rip, regs.rsp),
+            Err(_) => format!("vCPU {}: {cause}", self.index),
+        }
+    }
+}
+
+/// Bytes of each item of a port access, which may be a string of them.
+fn port_width(run: *mut kvm_run) -> usize {
+    // SAFETY: the mapping is alive, as the VcpuFd that owns it is, and `io` is the valid member of the union after a
+    // port exit.
+    let width = unsafe { (*run).__bindgen_anon_1.io.size };
+    usize::from(width).max(1)
+}
+
+/// The event that an unusual exit means, or the cause of a crash.
+fn describe(exit: &VcpuExit<'_>, run: *mut kvm_run) -> Result<VcpuEvent, String> {
+    match exit {
+        VcpuExit::Shutdown => Err("triple fault".into()),
+        VcpuExit::FailEntry(reason, _) => Err(format!("the CPU refused to enter the guest, reason {reason:#x}")),
+        VcpuExit::InternalError => {
+            // SAFETY: as in `port_width`; `internal` is the valid member after this exit.
+            let kind = unsafe { (*run).__bindgen_anon_1.internal.suberror };
+            let kind = match kind {
+                1 => "cannot emulate an instruction".into(),
+                2 => "an exception while delivering an exception".into(),
+                3 => "an exit while delivering an event".into(),
+                other => format!("suberror {other}"),
+            };
+            Err(format!("KVM internal error: {kind}"))
+        }
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Ok(VcpuEvent::Request(VmRequest::Reset)),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Ok(VcpuEvent::Request(VmRequest::PowerOff)),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => Err("the guest reported a crash".into()),
+        other => Err(format!("unexpected exit from the guest: {other:?}")),
+    }
+}

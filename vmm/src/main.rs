@@ -1,0 +1,31 @@
+//! `rackvisor`: one process, one VM.
+
+mod cli;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli.start_log();
+    let outcome = match cli.command {
+        Some(Command::Doctor) => {
+            let report = rackvisor::doctor::examine();
+            print!("{report}");
+            return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
+        }
+        Some(Command::Run { file }) => serve::run(&file),
+        None => serve::serve(&cli.serve),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("rackvisor: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! The two ways to run a VM: served over a socket, or on this terminal.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+
+use rackvisor::VmConfig;
+use rackvisor::assembly::{HostOptions, StdioHooks};
+use rackvisor::control::{ControlLoop, LastWord, Lifetime, Mailbox, Message};
+use rackvisor_api::config::{SerialConfig, SerialMode};
+use rackvisor_api::server::Server;
+use rackvisor_api::state::VmState;
+use rackvisor_devices::PlainThreads;
+use rackvisor_devices::console::RawTerminal;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::cli::Serve;
+
+/// The guest crashed.
+const EXIT_CRASHED: u8 = 3;
+/// The host cannot run stock kernels.
+pub const EXIT_UNFIT: u8 = 4;
+
+type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
+
+/// Serves the API until a signal ends the process.
+pub fn serve(options: &Serve) -> Outcome {
+    let socket = options.api_socket.as_deref().ok_or("--api-socket is missing")?;
+    let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
+    let lifetime = if options.boot { Lifetime::BootOrEnd } else { Lifetime::Served };
+    let mut control = ControlLoop::new(Arc::new(PlainThreads), lifetime, HostOptions::default())?;
+    let server = Server::bind(socket)?;
+    control.end_on(signals(&[SIGTERM, SIGINT])?);
+    if let Some(config) = config {
+        control.start_with(config, options.boot);
+    }
+    let server = server.start(Arc::new(control.handle()), || Ok(()))?;
+    let last = control.run()?;
+    server.stop();
+    match last.failure {
+        Some(problem) => Err(problem.into()),
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Boots the VM of `file` with its console on this terminal, and ends with it.
+pub fn run(file: &Path) -> Outcome {
+    let mut config = VmConfig::from_file(file)?;
+    config.serial = SerialConfig { mode: SerialMode::Stdio, path: None };
+    // The loop makes the mailbox that the hook, which the loop is made with, writes to.
+    let mailbox = Arc::new(OnceLock::<Mailbox>::new());
+    let theirs = Arc::clone(&mailbox);
+    let leave = move || {
+        if let Some(mailbox) = theirs.get() {
+            mailbox.send(Message::Terminate);
+        }
+    };
+    let options = HostOptions { stdio: StdioHooks { escape: Some(Arc::new(leave)) } };
+    let mut control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::WithGuest, options)?;
+    let _ = mailbox.set(control.handle().mailbox);
+    control.end_on(signals(&[SIGTERM, SIGINT, SIGHUP])?);
+    control.start_with(config, true);
+    let terminal = RawTerminal::new()?;
+    let last = control.run();
+    drop(terminal);
+    match last? {
+        LastWord { failure: Some(problem), .. } => Err(problem.into()),
+        LastWord { state: VmState::Crashed, cause, .. } => {
+            eprintln!("rackvisor: the guest crashed: {}", cause.unwrap_or_default());
+            Ok(ExitCode::from(EXIT_CRASHED))
+        }
+        LastWord { .. } => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// A stream that becomes readable when one of these signals arrives.
+fn signals(which: &[i32]) -> io::Result<UnixStream> {
+    let (reader, writer) = UnixStream::pair()?;
+    reader.set_nonblocking(true)?;
+    for signal in which {
+        signal_hook::low_level::pipe::register(*signal, writer.try_clone()?)?;
+    }
+    Ok(reader)
+}
