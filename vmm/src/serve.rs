@@ -33,6 +33,8 @@ pub fn serve(options: &Serve) -> Outcome {
     let mut control = ControlLoop::new(Arc::new(PlainThreads), lifetime, HostOptions::default())?;
     let server = Server::bind(socket)?;
     control.end_on(signals(&[SIGTERM, SIGINT])?);
+    // A terminal that goes away must not take the VM along.
+    signal_hook::flag::register(SIGHUP, Arc::default())?;
     if let Some(config) = config {
         control.start_with(config, options.boot);
     }

@@ -116,7 +116,6 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
         let path = config.serial.path.as_ref().map(|path| format!(" {}", path.display())).unwrap_or_default();
         facts.add("serial", format!("{}{path}", word(&config.serial.mode)));
     }
-    facts.add_some("uuid", config.uuid);
     if config.on_reboot == OnReboot::Stop {
         facts.add("reboot", "stops the VM");
     }

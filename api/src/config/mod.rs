@@ -22,7 +22,6 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 pub use boot::{BootConfig, MAX_CMDLINE};
 pub use cpus::{CpusConfig, MAX_CPUS, Topology};
@@ -68,9 +67,6 @@ pub struct VmConfig {
     /// The serial console. Default: off.
     #[serde(default)]
     pub serial: SerialConfig,
-    /// The SMBIOS system UUID that the guest sees. Default: none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub uuid: Option<Uuid>,
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -111,7 +107,6 @@ impl VmConfig {
             nics: Vec::new(),
             rng: true,
             serial: SerialConfig::default(),
-            uuid: None,
             on_reboot: OnReboot::default(),
         }
     }

@@ -26,7 +26,6 @@ pub fn full_config() -> serde_json::Value {
         ],
         "rng": true,
         "serial": { "mode": "socket", "path": "/run/console.sock" },
-        "uuid": "8f7c1a52-4c1e-4b39-9f2b-0c5b7d6c0a11",
         "on_reboot": "stop"
     })
 }

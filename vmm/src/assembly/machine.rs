@@ -47,7 +47,8 @@ impl Machine {
         let console = LiveConsole::open(&config.serial, host)?;
         let platform = platform::build(config, &vm, &new_vcpus.apic_ids, &console)?;
         let mut inventory = Inventory::new(console.pty_path());
-        let sockets = Sockets { host, ram: &ram, msis: KvmMsis::new(Arc::clone(&vm)), platform: &platform };
+        let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
+        let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;
         platform.assign_bars()?;
         let vcpus = new_vcpus.start(&platform.for_vcpus(), &host.vcpu_events, &*host.spawner)?;

@@ -118,7 +118,7 @@ impl Controller {
     pub fn take(&mut self, message: Message) {
         match message {
             Message::Api(request, reply) => self.request(request, reply),
-            Message::Device { generation, device, event } if generation == self.generation => {
+            Message::Device { generation, device, event, .. } if generation == self.generation => {
                 self.device_event(&device, event);
             }
             Message::Vcpu(generation, event) if generation == self.generation => self.vcpu_event(event),
@@ -126,7 +126,7 @@ impl Controller {
             Message::Assembled(outcome) => self.assembled(*outcome),
             Message::Restarted(machine, outcome) => self.restarted(machine, outcome),
             Message::Dismantled(outcome) => self.dismantled(outcome),
-            Message::Terminate => self.terminate(),
+            Message::Terminate => self.terminating = true,
         }
         self.work_off();
     }
@@ -141,10 +141,10 @@ impl Controller {
 
     /// Takes up what waited for an operation.
     fn work_off(&mut self) {
-        while self.operation.is_none() {
-            if self.terminating && self.machine.is_none() {
-                self.ended = true;
-                return;
+        while self.operation.is_none() && !self.ended {
+            if self.terminating {
+                self.end_everything();
+                continue;
             }
             if let Some(event) = self.guest_wants.take() {
                 self.vcpu_event(event);
@@ -162,6 +162,9 @@ impl Controller {
                 return reply.send(Err(Problem::new(Code::OutOfResources, detail, "ask again later")));
             }
             return self.waiting.push_back((request, reply));
+        }
+        if self.terminating && request.kind() != RequestKind::Query {
+            return reply.send(Err(shutting_down()));
         }
         if let Err(illegal) = decide(self.state, request.kind()) {
             return reply.send(Err(illegal.into()));
@@ -279,7 +282,7 @@ impl Controller {
             }
             return;
         }
-        self.operation = Some(Operation::Drain { purpose, reply, deadline: Instant::now() + DRAIN_DEADLINE });
+        self.operation = Some(Operation::drain(purpose, reply, Instant::now() + DRAIN_DEADLINE));
         self.drain();
     }
 
@@ -287,11 +290,11 @@ impl Controller {
     fn drain(&mut self) {
         let Some(machine) = &self.machine else { return };
         let drained = machine.pause_devices();
-        let Some(Operation::Drain { purpose, reply, deadline }) = self.operation.take() else { return };
+        let Some(Operation::Drain { purpose, reply, deadline, .. }) = self.operation.take() else { return };
         match drained {
             Ok(()) => self.drained(purpose, reply),
             Err(_) if Instant::now() < deadline => {
-                self.operation = Some(Operation::Drain { purpose, reply, deadline });
+                self.operation = Some(Operation::drain(purpose, reply, deadline));
             }
             Err(busy) => self.give_up(purpose, reply, &busy.to_string()),
         }
@@ -464,16 +467,17 @@ impl Controller {
         }
     }
 
-    /// Ends the VM with everything flushed, then the loop.
-    fn terminate(&mut self) {
-        self.terminating = true;
-        if self.operation.is_none() && self.machine.is_some() {
+    /// Ends the guest with everything flushed, then the loop.
+    fn end_everything(&mut self) {
+        for (_, reply) in self.waiting.drain(..) {
+            reply.send(Err(shutting_down()));
+        }
+        if self.machine.is_some() {
             let ending = Ending { to: VmState::Stopped, cause: Some("the VMM was told to end".into()) };
             self.begin(Purpose::End(ending), None);
-        } else if self.machine.is_some() {
-            // The operation under way comes first; the mailbox brings us back behind it.
-            self.mailbox.send(Message::Terminate);
         }
+        // Without a machine there is nothing to end; with a vCPU that does not stop there is nothing to be done.
+        self.ended = self.operation.is_none();
     }
 
     pub(super) fn move_to(&mut self, to: VmState, cause: Option<String>) {
@@ -492,4 +496,8 @@ impl Controller {
     fn name(&self) -> &str {
         self.config.as_ref().map_or("", |config| &config.name)
     }
+}
+
+fn shutting_down() -> Problem {
+    Problem::new(Code::ShuttingDown, "this VMM is ending", "start another process for the VM")
 }

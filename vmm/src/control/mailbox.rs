@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use rackvisor_api::control::{Control, Reply, Request};
@@ -28,6 +29,8 @@ pub enum Message {
         device: String,
         /// What it tells.
         event: DeviceEvent,
+        /// Its place in the mailbox.
+        place: Place,
     },
     /// A vCPU has something to tell.
     Vcpu(Generation, VcpuEvent),
@@ -39,6 +42,26 @@ pub enum Message {
     Dismantled(Result<(), String>),
     /// End the VM and then the control loop.
     Terminate,
+}
+
+/// Device events that may wait in the mailbox. A guest can cause any number of them: those beyond are dropped, which the
+/// log says; the counters of the device miss none.
+const MAX_DEVICE_EVENTS: usize = 256;
+
+/// A device event's place in the mailbox, free again when the event has been taken.
+pub struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        let place = Self(Arc::clone(taken));
+        (taken.fetch_add(1, Ordering::Relaxed) < limit).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Where messages for the control thread go. Clones share it.
@@ -70,7 +93,12 @@ impl Mailbox {
     /// A notifier for the devices of one boot.
     #[must_use]
     pub fn notifier(&self, generation: Generation) -> Arc<dyn DeviceNotifier> {
-        Arc::new(Notifier { mailbox: self.clone(), generation })
+        Arc::new(Notifier {
+            mailbox: self.clone(),
+            generation,
+            taken: Arc::default(),
+            overflowing: AtomicBool::new(false),
+        })
     }
 }
 
@@ -107,11 +135,23 @@ impl AsRawFd for Inbox {
 struct Notifier {
     mailbox: Mailbox,
     generation: Generation,
+    taken: Arc<AtomicUsize>,
+    overflowing: AtomicBool,
 }
 
 impl DeviceNotifier for Notifier {
     fn notify(&self, device: &str, event: DeviceEvent) {
-        self.mailbox.send(Message::Device { generation: self.generation, device: device.to_owned(), event });
+        // Operations wait for this one, and each is the answer to a stop: there are never many.
+        let limit = if event == DeviceEvent::Drained { usize::MAX } else { MAX_DEVICE_EVENTS };
+        let Some(place) = Place::take(&self.taken, limit) else {
+            if !self.overflowing.swap(true, Ordering::Relaxed) {
+                tracing::warn!(device, ?event, "too many device events at once: some are dropped");
+            }
+            return;
+        };
+        self.overflowing.store(false, Ordering::Relaxed);
+        let (generation, device) = (self.generation, device.to_owned());
+        self.mailbox.send(Message::Device { generation, device, event, place });
     }
 }
 
@@ -138,5 +178,26 @@ impl Control for Handle {
 
     fn events(&self) -> Arc<EventLog> {
         Arc::clone(&self.events)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_device_events_is_bounded_and_never_costs_the_one_that_an_operation_waits_for() {
+        let (mailbox, inbox) = Mailbox::new().unwrap();
+        let notifier = mailbox.notifier(1);
+        for _ in 0..10 * MAX_DEVICE_EVENTS {
+            notifier.notify("root", DeviceEvent::NeedsReset { reason: String::new() });
+        }
+        notifier.notify("root", DeviceEvent::Drained);
+        let taken: Vec<_> = std::iter::from_fn(|| inbox.take()).collect();
+        assert_eq!(taken.len(), MAX_DEVICE_EVENTS + 1);
+        assert!(matches!(taken.last(), Some(Message::Device { event: DeviceEvent::Drained, .. })));
+        drop(taken);
+        notifier.notify("root", DeviceEvent::Resized { bytes: 1 });
+        assert!(inbox.take().is_some(), "there is room again");
     }
 }

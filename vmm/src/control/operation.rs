@@ -8,6 +8,9 @@ use rackvisor_api::state::VmState;
 /// How long devices may take to drain before the operation gives up and the VM goes on as it was.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(20);
 
+/// Devices say when they have drained; in case one does not, they are asked again this often.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
 /// Why the devices are being drained.
 pub enum Purpose {
     /// To pause the VM.
@@ -47,6 +50,8 @@ pub enum Operation {
         reply: Option<Reply>,
         /// When to give up.
         deadline: Instant,
+        /// When to ask the devices again at the latest.
+        ask: Instant,
     },
     /// A job brings the machine back to power-on.
     Restart {
@@ -65,11 +70,17 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// A drain that goes on until `deadline`.
+    #[must_use]
+    pub fn drain(purpose: Purpose, reply: Option<Reply>, deadline: Instant) -> Self {
+        Self::Drain { purpose, reply, deadline, ask: deadline.min(Instant::now() + ASK_AGAIN) }
+    }
+
     /// When the operation wants to be looked at again without a message.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         match self {
-            Self::Drain { deadline, .. } => Some(*deadline),
+            Self::Drain { ask, .. } => Some(*ask),
             _ => None,
         }
     }

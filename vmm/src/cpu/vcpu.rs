@@ -131,11 +131,26 @@ impl Drop for HandlerPointer {
     }
 }
 
+/// Tells of a thread that panicked: a vCPU that is gone must not look like one that is quiet.
+struct Alarm {
+    index: u8,
+    events: EventSink,
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            (self.events)(VcpuEvent::Crashed(format!("vCPU {}: its thread panicked, see the log", self.index)));
+        }
+    }
+}
+
 impl VcpuThread {
     /// The body of the thread: parked at first.
     pub fn run(mut self) {
         KVM_RUN.set(self.fd.get_kvm_run());
         let _pointer = HandlerPointer;
+        let _alarm = Alarm { index: self.index, events: Arc::clone(&self.events) };
         let mut next = Next::Park;
         loop {
             next = match next {
@@ -153,6 +168,8 @@ impl VcpuThread {
         match command {
             Command::Run => Next::Run,
             Command::Park(done) => {
+                // Spares the guest the soft-lockup warning for the time it stands still. Refused if it has no kvmclock.
+                let _ = self.fd.kvmclock_ctrl();
                 let _ = done.try_send(Ok(()));
                 Next::Park
             }

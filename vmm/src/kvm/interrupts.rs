@@ -51,10 +51,14 @@ pub struct KvmMsis {
 }
 
 impl KvmMsis {
-    /// No message-signalled interrupt yet.
-    #[must_use]
-    pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, routes: Arc::default() }
+    /// No message-signalled interrupt yet, and the lines of the chipset wired as the ACPI tables say.
+    ///
+    /// # Errors
+    /// What KVM answered.
+    pub fn new(vm: Arc<VmFd>) -> io::Result<Self> {
+        let msis = Self { vm, routes: Arc::default() };
+        msis.apply(&BTreeMap::new())?;
+        Ok(msis)
     }
 
     fn apply(&self, routes: &BTreeMap<u32, Option<MsiMessage>>) -> io::Result<()> {
@@ -124,8 +128,9 @@ fn chipset_routes() -> impl Iterator<Item = kvm_irq_routing_entry> {
         0..8 => route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
         _ => route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
     });
-    // The PIT's line 0 is wired to pin 2 of the I/O APIC, as the MADT says.
-    let ioapic = (0..IOAPIC_PINS).map(move |gsi| route(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi }));
+    // The PIT's line 0 is wired to pin 2 of the I/O APIC, as the MADT says; line 2 joins the PICs.
+    let pins = (0..IOAPIC_PINS).filter(|gsi| *gsi != 2);
+    let ioapic = pins.map(move |gsi| route(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi }));
     pics.chain(ioapic)
 }
 
