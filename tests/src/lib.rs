@@ -1,0 +1,109 @@
+//! What the integration tests share: the real `rackvisor` in a folder of its own, real guests, and looks at both.
+//!
+//! Tests of KVM begin with [`needs_kvm!`]: where KVM cannot run stock kernels they print a line that begins with
+//! `SKIPPED:` and end (in the lab, which has such a KVM, they fail instead). Deadlines only guard against hangs.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking, also in its helpers"
+)]
+
+mod guest;
+mod linux;
+mod process;
+mod tap;
+mod terminal;
+mod tiny;
+mod vmm;
+
+use std::io::Write;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+pub use guest::Guest;
+pub use linux::{Kernel, linux, linux_that_runs};
+pub use process::{Census, Mappings};
+pub use tap::Tap;
+pub use terminal::Terminal;
+pub use tiny::Tiny;
+pub use vmm::{Rackvisor, rackctl_binary, rackvisor_binary};
+
+/// How long anything may take before it counts as hung. Guests in the lab are some 10 times slower than elsewhere.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Why guests cannot run here.
+pub fn kvm_is_missing() -> Option<&'static str> {
+    static VERDICT: OnceLock<bool> = OnceLock::new();
+    let fit = *VERDICT.get_or_init(|| rackvisor::doctor::examine().fit);
+    assert!(fit || std::env::var_os("LAB").is_none(), "the lab's KVM is not fit: {}", rackvisor::doctor::examine());
+    (!fit).then_some("this host's KVM cannot run stock kernels (rackvisor doctor); run it by tests/lab/run")
+}
+
+/// Says that the test of this thread does not run; past the test harness, which hides what successful tests print.
+pub fn skip(why: &str) {
+    let thread = std::thread::current();
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {}: {why}", thread.name().unwrap_or("a test"));
+}
+
+/// Ends the test, loudly, where there is no KVM that runs stock kernels.
+#[macro_export]
+macro_rules! needs_kvm {
+    () => {
+        if let Some(why) = $crate::kvm_is_missing() {
+            return $crate::skip(why);
+        }
+    };
+}
+
+/// Waits until `done` gives something.
+///
+/// # Panics
+/// After [`PATIENCE`].
+pub fn eventually<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(result) = done() {
+            return result;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {} s", PATIENCE.as_secs());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// `length` bytes that follow from `seed` (splitmix64).
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bytes.extend((z ^ (z >> 31)).to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// What `sha256sum` says of these bytes.
+pub fn sha256(bytes: &[u8]) -> String {
+    use std::process::{Command, Stdio};
+    let mut program = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    program.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = program.wait_with_output().unwrap();
+    String::from_utf8(output.stdout).unwrap().split_whitespace().next().unwrap().to_owned()
+}
+
+/// Compares contents without printing megabytes.
+///
+/// # Panics
+/// With the first difference.
+pub fn assert_same_bytes(found: &[u8], wanted: &[u8], what: &str) {
+    assert_eq!(found.len(), wanted.len(), "{what}: length");
+    if let Some(at) = found.iter().zip(wanted).position(|(f, w)| f != w) {
+        let end = (at + 16).min(found.len());
+        panic!("{what}: byte {at:#x} differs: {:02x?} instead of {:02x?}", &found[at..end], &wanted[at..end]);
+    }
+}

@@ -1,0 +1,91 @@
+//! What a process holds, as /proc tells.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+
+/// The threads and descriptors of a process, by what they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Census {
+    /// How many threads have each name.
+    pub threads: BTreeMap<String, usize>,
+    /// How many descriptors lead to each thing; numbers of sockets and pipes are left out.
+    pub descriptors: BTreeMap<String, usize>,
+}
+
+impl Census {
+    /// Counts for process `pid`.
+    pub fn of(pid: u32) -> Self {
+        let mut census = Self { threads: BTreeMap::new(), descriptors: BTreeMap::new() };
+        for entry in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+            // A thread may end while we look.
+            if let Ok(name) = fs::read_to_string(entry.unwrap().path().join("comm")) {
+                *census.threads.entry(name.trim().to_owned()).or_default() += 1;
+            }
+        }
+        for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+            if let Ok(target) = fs::read_link(entry.unwrap().path()) {
+                let target = target.to_string_lossy();
+                let kind = target.split_once(":[").map_or(&*target, |(kind, _)| kind);
+                // The one that this function reads the folder with.
+                if !kind.starts_with(&format!("/proc/{pid}/fd")) {
+                    *census.descriptors.entry(kind.to_owned()).or_default() += 1;
+                }
+            }
+        }
+        census
+    }
+}
+
+/// The memory mappings of a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mappings {
+    /// How many there are.
+    pub count: usize,
+    /// KiB of address space, all together.
+    pub virtual_kib: u64,
+}
+
+impl Mappings {
+    /// Those of process `pid`.
+    pub fn of(pid: u32) -> Self {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let size = |line: &str| {
+            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+            Some(u64::from_str_radix(end, 16).ok()? - u64::from_str_radix(start, 16).ok()?)
+        };
+        let bytes: u64 = maps.lines().map(|line| size(line).unwrap()).sum();
+        Self { count: maps.lines().count(), virtual_kib: bytes >> 10 }
+    }
+}
+
+impl fmt::Display for Mappings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} mappings, {} MiB", self.count, self.virtual_kib >> 10)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_thread_descriptor_or_mapping_is_seen() {
+        let pid = std::process::id();
+        let (before, _) = (Census::of(pid), Mappings::of(pid));
+        let _file = fs::File::open("/dev/null").unwrap();
+        let (hold, wait) = std::sync::mpsc::channel::<()>();
+        let body = move || {
+            let _ = wait.recv();
+        };
+        let thread = std::thread::Builder::new().name("one-more".into()).spawn(body).unwrap();
+        let after = crate::eventually("the thread has its name", || {
+            Some(Census::of(pid)).filter(|census| census.threads.contains_key("one-more"))
+        });
+        assert_eq!(after.threads["one-more"], 1);
+        let nulls = |census: &Census| census.descriptors.get("/dev/null").copied().unwrap_or(0);
+        assert_eq!(nulls(&after), nulls(&before) + 1);
+        drop(hold);
+        thread.join().unwrap();
+    }
+}

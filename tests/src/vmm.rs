@@ -1,0 +1,151 @@
+//! The real binary in a folder of its own.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use rackvisor_api::client::Client;
+use rackvisor_api::config::{DiskConfig, SerialConfig, SerialMode, VmConfig};
+use rackvisor_api::control::VmInfo;
+use rackvisor_api::state::{Action, VmState};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::{Census, Guest, PATIENCE, eventually};
+
+/// The `rackvisor` under test: RACKVISOR_BIN, or the one that was built with this test.
+pub fn rackvisor_binary() -> PathBuf {
+    std::env::var_os("RACKVISOR_BIN").map_or_else(|| sibling("rackvisor"), PathBuf::from)
+}
+
+/// The `rackctl` next to it.
+pub fn rackctl_binary() -> PathBuf {
+    rackvisor_binary().with_file_name("rackctl")
+}
+
+/// A program next to the folder of this test binary.
+fn sibling(name: &str) -> PathBuf {
+    let path = std::env::current_exe().unwrap().parent().unwrap().with_file_name(name);
+    assert!(path.exists(), "{} is missing: build the workspace, or set RACKVISOR_BIN", path.display());
+    path
+}
+
+/// A running `rackvisor`. Dropping it kills it; after a failure its log is shown.
+pub struct Rackvisor {
+    process: Child,
+    folder: TempDir,
+    /// Talks to it.
+    pub client: Client,
+}
+
+impl Rackvisor {
+    /// Starts it and waits until it answers.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts it with more arguments.
+    pub fn start_with(arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api.sock");
+        let log = File::create(folder.path().join("log")).unwrap();
+        let process = Command::new(rackvisor_binary())
+            .arg("--api-socket")
+            .arg(&socket)
+            .args(arguments)
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let client = Client::new(&socket).with_timeout(PATIENCE);
+        let mut vmm = Self { process, folder, client };
+        eventually("rackvisor answers", || {
+            assert_eq!(vmm.process.try_wait().unwrap(), None, "rackvisor ended at once: {}", vmm.log());
+            vmm.client.version().ok()
+        });
+        vmm
+    }
+
+    /// A path in its folder, which is its working directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A disk image with this content.
+    pub fn image(&self, name: &str, content: &[u8]) -> DiskConfig {
+        fs::write(self.path(name), content).unwrap();
+        DiskConfig::new(name, self.path(name))
+    }
+
+    /// What it logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// Its threads and descriptors.
+    pub fn census(&self) -> Census {
+        Census::of(self.process.id())
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Defines and boots; describes the running VM.
+    pub fn boot(&self, config: &VmConfig) -> VmInfo {
+        self.client.define(config).unwrap();
+        self.client.act(Action::Boot).unwrap()
+    }
+
+    /// Defines and boots with the console on a socket; gives the console.
+    pub fn boot_with_console(&self, config: &VmConfig) -> Guest {
+        let path = self.path("console.sock");
+        let mut config = config.clone();
+        config.serial = SerialConfig { mode: SerialMode::Socket, path: Some(path.clone()) };
+        self.boot(&config);
+        Guest::connect(&path)
+    }
+
+    /// Boots a Linux whose agent listens on the console.
+    pub fn boot_linux(&self, config: &VmConfig) -> Guest {
+        let mut guest = self.boot_with_console(config);
+        guest.wait_ready();
+        guest
+    }
+
+    /// Waits for a state and describes the VM in it.
+    pub fn wait_for(&self, state: VmState) -> VmInfo {
+        self.client.wait_for(&[state], Some(PATIENCE)).unwrap();
+        self.client.describe().unwrap()
+    }
+
+    /// The state now.
+    pub fn state(&self) -> VmState {
+        self.client.state().unwrap()
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub fn terminate(mut self) -> (ExitStatus, TempDir) {
+        kill_process(Pid::from_child(&self.process), Signal::TERM).unwrap();
+        let status = eventually("rackvisor ends after SIGTERM", || self.process.try_wait().unwrap());
+        let empty = tempfile::tempdir().unwrap();
+        (status, std::mem::replace(&mut self.folder, empty))
+    }
+
+    fn show_log(&self) {
+        eprintln!("--- log of rackvisor\n{}", fs::read_to_string(self.path("log")).unwrap_or_default());
+    }
+}
+
+impl Drop for Rackvisor {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_log();
+        }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
