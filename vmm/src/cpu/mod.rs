@@ -3,6 +3,8 @@
 pub mod cpuid;
 pub mod metrics;
 pub mod state;
+#[cfg(test)]
+mod tests;
 pub mod topology;
 pub mod vcpu;
 
