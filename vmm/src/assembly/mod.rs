@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_devices::block::BlockError;
+use rackvisor_devices::console::ConsoleError;
+use rackvisor_devices::net::{NetError, TapError};
 use rackvisor_devices::virtio::{StartError, StillBusy};
 use rackvisor_devices::{DeviceNotifier, ThreadSpawner};
 use thiserror::Error;
@@ -73,16 +75,24 @@ pub enum AssemblyError {
         source: BlockError,
     },
     /// A NIC.
-    #[error("NIC \"{id}\": {reason}")]
+    #[error("NIC \"{id}\": {source}")]
     Nic {
         /// Which one.
         id: String,
-        /// What is wrong with it or its tap.
-        reason: String,
+        /// What is wrong with it.
+        source: NetError,
+    },
+    /// The tap of a NIC.
+    #[error("NIC \"{id}\": {source}")]
+    Tap {
+        /// The NIC.
+        id: String,
+        /// What is wrong with the tap.
+        source: TapError,
     },
     /// The serial console.
     #[error("serial console: {0}")]
-    Console(#[from] rackvisor_devices::console::ConsoleError),
+    Console(#[from] ConsoleError),
     /// The host refused something small.
     #[error("{what}: {reason}")]
     Host {
@@ -112,7 +122,13 @@ impl From<AssemblyError> for Problem {
             AssemblyError::Config(problem) => return problem.clone(),
             AssemblyError::Memory(_) => (Code::OutOfResources, "the detail names what to change"),
             AssemblyError::Boot(_) => (Code::BadImage, "the detail names what to change"),
-            AssemblyError::Disk { .. } | AssemblyError::Nic { .. } | AssemblyError::Console(_) => {
+            AssemblyError::Disk { source: BlockError::Locked { .. }, .. }
+            | AssemblyError::Tap { source: TapError::Busy(_), .. }
+            | AssemblyError::Console(ConsoleError::InUse { .. }) => (Code::InUse, "end whoever uses it"),
+            AssemblyError::Disk { .. }
+            | AssemblyError::Nic { .. }
+            | AssemblyError::Tap { .. }
+            | AssemblyError::Console(_) => {
                 (Code::Unusable, "the detail names what to change; GET /v1/vm shows the configuration")
             }
             AssemblyError::Kvm(_) | AssemblyError::Cpu(_) => (Code::Unusable, "`rackvisor doctor` examines the host"),

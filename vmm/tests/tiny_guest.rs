@@ -1,0 +1,277 @@
+//! The whole VM in this process, with a guest of a few integer instructions: that much any KVM can run, also a software
+//! one. What a real guest sees is proved in `tests/`.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use rackvisor::{Action, Problem, Vm, VmConfig, VmState};
+use rackvisor_api::config::{BootConfig, CpusConfig, DiskConfig, Topology};
+use rackvisor_api::control::{DeviceState, Request, Response};
+use rackvisor_api::problem::Code;
+use rackvisor_api::size::ByteSize;
+use rackvisor_api::state::{RequestKind, decide};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// `jmp $`
+const SPIN: &[u8] = &[0xeb, 0xfe];
+/// `mov dx, 0x604; mov ax, 0x2000; out dx, ax; jmp $`: ACPI S5 through PM1a_CNT.
+const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x20, 0x66, 0xef, 0xeb, 0xfe];
+/// `mov dx, 0xcf9; mov al, 6; out dx, al; jmp $`
+const RESET: &[u8] = &[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xeb, 0xfe];
+/// `lidt` with limit 0, `ud2`: a triple fault.
+const TRIPLE_FAULT: &[u8] = &[0x0f, 0x01, 0x1d, 0x09, 0x00, 0x10, 0x00, 0x0f, 0x0b, 0, 0, 0, 0, 0, 0];
+
+/// A kernel of this code: an ELF image with one segment at 1 MiB and a PVH note (gABI; Xen PHYS32_ENTRY is note type 18).
+fn kernel(code: &[u8]) -> Vec<u8> {
+    const HEADERS: u64 = 64 + 2 * 56;
+    const BASE: u64 = 0x10_0000;
+    let note: Vec<u8> = [4u32, 4, 18]
+        .iter()
+        .flat_map(|w| w.to_le_bytes())
+        .chain(*b"Xen\0")
+        .chain((BASE as u32).to_le_bytes())
+        .collect();
+    let header = |kind: u32, offset: u64, address: u64, length: u64| -> Vec<u8> {
+        let words = [offset, address, address, length, length, 4];
+        [kind, 5].iter().flat_map(|w| w.to_le_bytes()).chain(words.iter().flat_map(|w| w.to_le_bytes())).collect()
+    };
+    let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    image.extend([2u16, 62].iter().flat_map(|w| w.to_le_bytes()));
+    image.extend(1u32.to_le_bytes());
+    image.extend([BASE, 64, 0].iter().flat_map(|w| w.to_le_bytes()));
+    image.extend(0u32.to_le_bytes());
+    image.extend([64u16, 56, 2, 0, 0, 0].iter().flat_map(|w| w.to_le_bytes()));
+    image.extend(header(4, HEADERS, 0, note.len() as u64));
+    image.extend(header(1, HEADERS + note.len() as u64, BASE, code.len() as u64));
+    image.extend(note);
+    image.extend(code);
+    image
+}
+
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    /// `None`, said aloud, where there is no KVM.
+    fn new() -> Option<Self> {
+        if let Err(error) = rackvisor::kvm::open() {
+            eprintln!("SKIPPED: a VM with a tiny guest: {error}");
+            return None;
+        }
+        Some(Self { folder: tempfile::tempdir().unwrap() })
+    }
+
+    fn config(&self, code: &[u8]) -> VmConfig {
+        let path = self.folder.path().join("kernel");
+        fs::write(&path, kernel(code)).unwrap();
+        let mut config = VmConfig::new("tiny", ByteSize::mib(128));
+        config.boot = Some(BootConfig { kernel: path, initrd: None, cmdline: String::new() });
+        config
+    }
+
+    fn disk(&self, id: &str) -> DiskConfig {
+        let path = self.folder.path().join(id);
+        fs::File::create(&path).unwrap().write_all(&[0; 4096]).unwrap();
+        DiskConfig::new(id, path)
+    }
+}
+
+fn state(vm: &Vm) -> VmState {
+    vm.describe().map_or(VmState::Undefined, |info| info.state)
+}
+
+fn code(result: Result<impl std::fmt::Debug, Problem>) -> Code {
+    result.expect_err("must be refused").code
+}
+
+#[test]
+fn a_guest_that_powers_off_is_stopped_and_can_be_booted_again() {
+    let Some(place) = Place::new() else { return };
+    let vm = Vm::define(place.config(POWER_OFF)).unwrap();
+    for _ in 0..3 {
+        vm.boot().unwrap();
+        vm.wait_for(VmState::Stopped, PATIENCE).unwrap();
+        assert_eq!(vm.describe().unwrap().cause.as_deref(), Some("guest power-off"));
+    }
+}
+
+#[test]
+fn a_guest_that_resets_itself_starts_again_in_the_same_machine() {
+    let Some(place) = Place::new() else { return };
+    let vm = Vm::define(place.config(RESET)).unwrap();
+    vm.boot().unwrap();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while vm.describe().unwrap().resets < 20 {
+        assert!(std::time::Instant::now() < deadline, "{:?}", vm.describe());
+        std::thread::yield_now();
+    }
+    assert_eq!(state(&vm), VmState::Running);
+    vm.act(Action::Shutdown).unwrap();
+    assert_eq!(state(&vm), VmState::Stopped);
+}
+
+#[test]
+fn a_triple_fault_is_a_crash_with_its_cause() {
+    let Some(place) = Place::new() else { return };
+    let vm = Vm::define(place.config(TRIPLE_FAULT)).unwrap();
+    vm.boot().unwrap();
+    vm.wait_for(VmState::Crashed, PATIENCE).unwrap();
+    let cause = vm.describe().unwrap().cause.unwrap();
+    assert!(cause.starts_with("vCPU 0: "), "{cause}");
+}
+
+/// Brings a VM into `wanted`.
+fn vm_in(place: &Place, wanted: VmState) -> Vm {
+    let mut config = place.config(if wanted == VmState::Crashed { TRIPLE_FAULT } else { SPIN });
+    config.disks.push(place.disk("root"));
+    let vm = Vm::define(config).unwrap();
+    let act = |actions: &[Action]| actions.iter().for_each(|action| vm.act(*action).unwrap());
+    match wanted {
+        VmState::Undefined => drop(vm.request(Request::Forget).unwrap()),
+        VmState::Defined => {}
+        VmState::Running => act(&[Action::Boot]),
+        VmState::Paused => act(&[Action::Boot, Action::Pause]),
+        VmState::Stopped => act(&[Action::Boot, Action::Shutdown]),
+        VmState::Crashed => {
+            act(&[Action::Boot]);
+            vm.wait_for(VmState::Crashed, PATIENCE).unwrap();
+        }
+    }
+    assert_eq!(state(&vm), wanted);
+    vm
+}
+
+fn request(kind: RequestKind, place: &Place) -> Request {
+    match kind {
+        RequestKind::Define => Request::Define(Box::new(place.config(SPIN))),
+        RequestKind::Forget => Request::Forget,
+        RequestKind::Query => Request::Describe,
+        RequestKind::EditDevices => Request::PutDisk(Box::new(place.disk("data"))),
+        RequestKind::PatchDevice => Request::PatchDisk("root".into(), Box::default()),
+        RequestKind::Act(action) => Request::Act(action),
+    }
+}
+
+#[test]
+fn every_request_in_every_state_does_what_the_state_table_says() {
+    let Some(place) = Place::new() else { return };
+    for from in VmState::ALL {
+        for kind in RequestKind::ALL {
+            let vm = vm_in(&place, from);
+            if (from, kind) == (VmState::Crashed, RequestKind::Act(Action::Boot)) {
+                // It would crash again at once: the table says where the boot leads, not what the guest does there.
+                vm.request(Request::Define(Box::new(place.config(SPIN)))).unwrap();
+            }
+            let outcome = vm.request(request(kind, &place));
+            match decide(from, kind) {
+                Ok(transition) => {
+                    outcome.unwrap_or_else(|problem| panic!("{kind:?} in {from}: {problem}"));
+                    assert_eq!(state(&vm), transition.to, "{kind:?} in {from}");
+                }
+                Err(illegal) => {
+                    assert_eq!(code(outcome), Problem::from(illegal).code, "{kind:?} in {from}");
+                    assert_eq!(state(&vm), from, "{kind:?} in {from}");
+                }
+            }
+        }
+    }
+}
+
+/// Threads, descriptors, files and mappings of this process.
+fn belongings() -> (usize, usize, usize) {
+    let count = |path| fs::read_dir(path).unwrap().count();
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    // The allocator's own arenas and stacks come and go; what a VM maps has a name or is large.
+    let named = maps.lines().filter(|l| l.contains("anon_inode") || l.contains("rackvisor") || l.contains("memfd"));
+    (count("/proc/self/task"), count("/proc/self/fd"), named.count())
+}
+
+#[test]
+fn two_hundred_define_boot_and_shutdown_cycles_leave_nothing_behind() {
+    let Some(place) = Place::new() else { return };
+    // The other tests of this file run beside this one in the same process: a child of its own counts alone.
+    if std::env::var_os("RACKVISOR_ALONE").is_none() {
+        let name = "two_hundred_define_boot_and_shutdown_cycles_leave_nothing_behind";
+        let me = std::env::current_exe().unwrap();
+        let child =
+            std::process::Command::new(me).args(["--exact", name]).env("RACKVISOR_ALONE", "1").output().unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+        return;
+    }
+    let cycle = || {
+        let mut config = place.config(SPIN);
+        config.disks.push(place.disk("root"));
+        let vm = Vm::define(config).unwrap();
+        vm.boot().unwrap();
+        drop(vm);
+    };
+    cycle();
+    let before = belongings();
+    (0..200).for_each(|_| cycle());
+    // A thread that was joined leaves /proc a moment later.
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while belongings() != before && std::time::Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    assert_eq!(belongings(), before);
+}
+
+#[test]
+fn a_failed_boot_says_what_is_wrong_and_changes_nothing() {
+    let Some(place) = Place::new() else { return };
+    let mut config = place.config(SPIN);
+    config.disks.push(DiskConfig::new("gone", Path::new("/nowhere/disk")));
+    let vm = Vm::define(config.clone()).unwrap();
+    let problem = vm.boot().unwrap_err();
+    assert_eq!(problem.code, Code::Unusable);
+    assert!(problem.detail.contains("\"gone\"") && problem.detail.contains("/nowhere/disk"), "{problem}");
+    assert_eq!(state(&vm), VmState::Defined);
+
+    config.disks[0] = place.disk("gone");
+    fs::write(place.folder.path().join("kernel"), b"not a kernel").unwrap();
+    vm.request(Request::Define(Box::new(config))).unwrap();
+    assert_eq!(code(vm.boot()), Code::BadImage);
+    assert_eq!(state(&vm), VmState::Defined);
+}
+
+#[test]
+fn a_disk_that_is_in_use_by_one_vm_is_refused_to_another_and_free_afterwards() {
+    let Some(place) = Place::new() else { return };
+    let mut config = place.config(SPIN);
+    config.disks.push(place.disk("root"));
+    let (first, second) = (Vm::define(config.clone()).unwrap(), Vm::define(config).unwrap());
+    first.boot().unwrap();
+    let problem = second.boot().unwrap_err();
+    assert_eq!(problem.code, Code::InUse, "{problem}");
+    first.act(Action::Shutdown).unwrap();
+    second.boot().unwrap();
+}
+
+#[test]
+fn a_disk_that_grows_is_shown_with_its_new_size() {
+    let Some(place) = Place::new() else { return };
+    let vm = vm_in(&place, VmState::Running);
+    fs::File::options().write(true).open(place.folder.path().join("root")).unwrap().set_len(1 << 20).unwrap();
+    let patched = vm.request(Request::PatchDisk("root".into(), Box::default())).unwrap();
+    let Response::Disk(info) = patched else { panic!("not a disk") };
+    assert_eq!((info.capacity, info.state), (Some(1 << 20), DeviceState::Idle));
+}
+
+#[test]
+fn a_vm_of_254_vcpus_runs_and_a_topology_that_needs_x2apic_ids_too() {
+    let Some(place) = Place::new() else { return };
+    let shape = Topology { sockets: 84, cores: 3, threads: 1 };
+    for (count, topology) in [(254, None), (252, Some(shape))] {
+        let mut config = place.config(SPIN);
+        config.cpus = CpusConfig { count, topology };
+        let vm = Vm::define(config).unwrap();
+        vm.boot().unwrap();
+        assert_eq!(vm.describe().unwrap().vcpus, count);
+        vm.act(Action::Pause).unwrap();
+        vm.act(Action::Resume).unwrap();
+    }
+}
