@@ -1,5 +1,6 @@
 //! The whole VM in this process, with a guest of a few integer instructions: that much any KVM can run, also a software
 //! one. What a real guest sees is proved in `tests/`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::fs;
 use std::io::Write;
