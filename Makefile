@@ -1,0 +1,30 @@
+# The everyday commands. Each does its own set-up: as root on Debian nothing but Rust must be there before.
+CARGO ?= cargo
+
+.PHONY: help demo test lint fmt clippy docs guest bench-boot
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: ## from nothing to a running guest, step by step; hands over its console if there is a terminal
+	@tests/demo/run
+
+test: ## unit tests, tests with real guests (on KVM, or in the laboratory), and the laboratory's own
+	@tests/run
+
+lint: fmt clippy docs ## formatting, clippy and documentation, warnings are errors
+
+fmt:
+	$(CARGO) fmt --all --check
+
+clippy:
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+docs:
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked
+
+guest: ## the test guest, in out/guest
+	@resources/guest/build
+
+bench-boot: ## boot time and memory, side by side with other VMMs
+	@benches/boot
