@@ -98,7 +98,8 @@ watch_lab() {
             return
         fi
         if [[ -e $share/heartbeat ]]; then read -r now <"$share/heartbeat" || true; fi
-        if [[ $now != "$beat" ]]; then
+        # empty: just being written anew
+        if [[ -n $now && $now != "$beat" ]]; then
             beat=$now
             seen=$SECONDS
         fi
