@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rackvisor::{Action, Problem, Vm, VmConfig, VmState};
-use rackvisor_api::config::{BootConfig, CpusConfig, DiskConfig, Topology};
+use rackvisor_api::config::{BootConfig, CpusConfig, DiskConfig, HugePages, MemoryConfig, Topology};
 use rackvisor_api::control::{DeviceState, Request, Response};
 use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
@@ -274,5 +274,24 @@ fn a_vm_of_254_vcpus_runs_and_a_topology_that_needs_x2apic_ids_too() {
         assert_eq!(vm.describe().unwrap().vcpus, count);
         vm.act(Action::Pause).unwrap();
         vm.act(Action::Resume).unwrap();
+    }
+}
+
+#[test]
+fn every_kind_of_memory_carries_a_guest_and_huge_pages_that_are_not_there_are_refused_with_a_remedy() {
+    let Some(place) = Place::new() else { return };
+    for shared in [false, true] {
+        for hugepages in [HugePages::Off, HugePages::Thp, HugePages::Size2M] {
+            let mut config = place.config(POWER_OFF);
+            config.memory = MemoryConfig { shared, hugepages, prefault: true, ..config.memory };
+            let vm = Vm::define(config).unwrap();
+            match vm.boot() {
+                Ok(()) => vm.wait_for(VmState::Stopped, PATIENCE).unwrap(),
+                Err(problem) => {
+                    assert_eq!((hugepages, problem.code), (HugePages::Size2M, Code::OutOfResources), "{problem}");
+                    assert!(problem.detail.contains("vm.nr_hugepages"), "{problem}");
+                }
+            }
+        }
     }
 }

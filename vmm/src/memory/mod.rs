@@ -117,7 +117,8 @@ impl Mapping {
             HugePages::Size1G => Some((libc::MAP_HUGETLB | libc::MAP_HUGE_1GB, libc::MFD_HUGETLB | libc::MFD_HUGE_1GB)),
         };
         let alignment = if config.hugepages == HugePages::Size1G { 1 << 30 } else { ALIGNMENT };
-        let mut flags = libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // Huge pages are reserved now: one that is missing later would kill the VMM by SIGBUS.
+        let mut flags = libc::MAP_FIXED | if huge.is_none() { libc::MAP_NORESERVE } else { 0 };
         let file = if config.shared {
             flags |= libc::MAP_SHARED;
             Some(memory_file(length, huge.map_or(0, |h| h.1)).map_err(|e| refused(length, "memfd", e, config))?)
