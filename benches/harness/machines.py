@@ -1,0 +1,167 @@
+"""The virtual machine monitors that are compared: how each is told to run the same guest."""
+
+import json
+import os
+import shutil
+import subprocess
+
+RAM_MIB = 512
+MARKER = b"@@RV-INIT@@"
+LOGIN = b"login:"
+# What every machine is given. `quiet`: the cost of a serial port is not what is compared here.
+CMDLINE = "console=ttyS0 quiet panic=-1"
+MAC = "52:54:00:00:00:01"
+
+
+class Guest:
+    """A kernel, an initrd, a disk and perhaps a tap: the same for every machine."""
+
+    def __init__(self, kernel, initrd, disk, mode, tap=None, cmdline="", ram_mib=RAM_MIB, memory=None):
+        self.kernel = kernel
+        self.initrd = initrd
+        self.disk = disk
+        self.tap = tap
+        self.ram_mib = ram_mib
+        # Rackvisor's own memory settings, for benches/memory
+        self.memory = memory or {}
+        self.cmdline = " ".join(filter(None, [CMDLINE, f"rv.mode={mode}", cmdline]))
+
+
+class Rackvisor:
+    """As a host agent starts it: with its API socket, the serial port on standard output."""
+
+    name = "rackvisor"
+    kernels = ("vmlinux", "vmlinuz")
+
+    def __init__(self, program):
+        self.program = program
+
+    def command(self, guest, folder):
+        config = {
+            "name": "bench",
+            "memory": {"size": f"{guest.ram_mib}MiB", **guest.memory},
+            "boot": {"kernel": guest.kernel, "initrd": guest.initrd, "cmdline": guest.cmdline},
+            "disks": [{"id": "disk0", "path": guest.disk}],
+            "serial": {"mode": "stdio"},
+        }
+        if guest.tap:
+            config["nics"] = [{"id": "net0", "tap": guest.tap, "mac": MAC}]
+        path = write(folder, "rackvisor.json", config)
+        return [self.program, "--log", "warn", "--api-socket", self.socket(folder), "--config", path, "--boot"]
+
+    @staticmethod
+    def socket(folder):
+        return os.path.join(folder, "api.sock")
+
+
+class QemuMicrovm:
+    """QEMU's machine type for fast boots, as it comes: SeaBIOS and ACPI."""
+
+    name = "qemu-microvm"
+    kernels = ("vmlinux", "vmlinuz")
+    machine = "microvm,isa-serial=on"
+    firmware = ()
+
+    def __init__(self, program):
+        self.program = program
+
+    def command(self, guest, folder):
+        del folder
+        command = [self.program, "-M", self.machine, "-accel", "kvm", "-cpu", "host", "-smp", "1", *self.firmware]
+        command += ["-m", f"{guest.ram_mib}M", "-no-user-config", "-nodefaults", "-no-reboot"]
+        command += ["-display", "none", "-serial", "stdio", "-kernel", guest.kernel, "-initrd", guest.initrd]
+        command += ["-append", guest.cmdline]
+        command += ["-blockdev", f"driver=file,filename={guest.disk},node-name=disk0,aio=io_uring"]
+        command += ["-device", "virtio-blk-device,drive=disk0", "-device", "virtio-rng-device"]
+        if guest.tap:
+            command += ["-netdev", f"tap,id=net0,ifname={guest.tap},script=no,downscript=no,vhost=off"]
+            command += ["-device", f"virtio-net-device,netdev=net0,mac={MAC}"]
+        return command
+
+
+class QemuTuned(QemuMicrovm):
+    """The fastest settings found for microvm with this kernel: qboot for SeaBIOS and no option ROMs. `pit=off`, `pic=off` and
+    `rtc=off`, which the manual proposes too, cost Debian's kernel seconds here, and its serial port the interrupt."""
+
+    name = "qemu-microvm-qboot"
+    machine = "microvm,x-option-roms=off,isa-serial=on,pit=on,pic=on,rtc=on"
+    firmware = ("-bios", "qboot.rom")
+
+
+class QemuBare(QemuMicrovm):
+    """The same without ACPI, which is faster with some kernels: devices are on the kernel's command line."""
+
+    name = "qemu-microvm-noacpi"
+    machine = "microvm,acpi=off,x-option-roms=off,isa-serial=on,pit=on,pic=on,rtc=on"
+
+
+class Firecracker:
+    """Given by FIRECRACKER=. It boots ELF kernels only, and has no entropy device unless asked."""
+
+    name = "firecracker"
+    kernels = ("vmlinux",)
+
+    def __init__(self, program):
+        self.program = program
+
+    def command(self, guest, folder):
+        config = {
+            # as its own documentation advises
+            "boot-source": {
+                "kernel_image_path": guest.kernel,
+                "initrd_path": guest.initrd,
+                "boot_args": f"{guest.cmdline} reboot=k i8042.noaux i8042.nomux i8042.dumbkbd",
+            },
+            "drives": [
+                {"drive_id": "disk0", "path_on_host": guest.disk, "is_root_device": False, "is_read_only": False}
+            ],
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": guest.ram_mib},
+            "entropy": {},
+        }
+        if guest.tap:
+            config["network-interfaces"] = [{"iface_id": "net0", "guest_mac": MAC, "host_dev_name": guest.tap}]
+        path = write(folder, "firecracker.json", config)
+        return [self.program, "--api-sock", os.path.join(folder, "firecracker.sock"), "--config-file", path]
+
+
+class CloudHypervisor:
+    """Given by CLOUD_HYPERVISOR=."""
+
+    name = "cloud-hypervisor"
+    kernels = ("vmlinux", "vmlinuz")
+
+    def __init__(self, program):
+        self.program = program
+
+    def command(self, guest, folder):
+        command = [self.program, "--api-socket", f"path={os.path.join(folder, 'ch.sock')}"]
+        command += ["--cpus", "boot=1", "--memory", f"size={guest.ram_mib}M"]
+        command += ["--kernel", guest.kernel, "--initramfs", guest.initrd, "--cmdline", guest.cmdline]
+        command += ["--disk", f"path={guest.disk}", "--serial", "tty", "--console", "off"]
+        if guest.tap:
+            command += ["--net", f"tap={guest.tap},mac={MAC}"]
+        return command
+
+
+def write(folder, name, config):
+    path = os.path.join(folder, name)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    return path
+
+
+def peers():
+    """The machines beside Rackvisor: QEMU always, the others when their variables name a program."""
+    qemu = shutil.which(os.environ.get("QEMU", "qemu-system-x86_64")) or "qemu-system-x86_64"
+    found = [QemuMicrovm(qemu), QemuTuned(qemu), QemuBare(qemu)]
+    for variable, kind in (("FIRECRACKER", Firecracker), ("CLOUD_HYPERVISOR", CloudHypervisor)):
+        program = os.environ.get(variable)
+        if program:
+            found.append(kind(program))
+    return found
+
+
+def version(program):
+    """The first line of what `program --version` says."""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return (said.stdout or said.stderr).split("\n", 1)[0].strip() or "unknown version"

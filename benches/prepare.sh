@@ -1,0 +1,26 @@
+# shellcheck shell=bash
+# Sourced by the benchmarks: what all of them need before they measure.
+
+project=$(realpath "$benches/..")
+
+# Sets rackvisor and guest: the release build and the folder of the test guest.
+prepare() {
+    cargo build --release --quiet --manifest-path "$project/Cargo.toml" -p rackvisor
+    rackvisor=${CARGO_TARGET_DIR:-$project/target}/release/rackvisor
+    [[ -x $rackvisor ]] || { echo "bench: there is no $rackvisor" >&2 && exit 1; }
+    guest=$("$project/resources/guest/build")
+}
+
+# Runs a script of harness/ as root where there is a KVM that runs stock kernels: here, or in the laboratory.
+measure() {
+    local script=$1 model
+    shift
+    model=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
+    export RACKVISOR_BENCH_HOST="${model:-unknown CPU}, $(nproc) CPUs, load $(cut -d ' ' -f 1 /proc/loadavg)"
+    local command=(env PYTHONDONTWRITEBYTECODE=1 python3 "$benches/harness/$script" --rackvisor "$rackvisor" --guest "$guest" "$@")
+    if [[ $EUID -eq 0 ]] && "$rackvisor" doctor >/dev/null 2>&1; then
+        "${command[@]}"
+    else
+        "$project/tests/lab/run" --timeout "${BENCH_TIMEOUT:-1800}" -- "${command[@]}"
+    fi
+}
