@@ -121,7 +121,7 @@ fn cut(random: &mut Random, buffer: Buffer, gap: u32) -> Vec<Buffer> {
 fn misaligned_buffers_of_any_number_and_size_go_through_direct_io() {
     let file = TempFile::new(SIZE);
     if !direct_works(&file.0) {
-        eprintln!("skipped: O_DIRECT does not work in {}", std::env::temp_dir().display());
+        eprintln!("SKIPPED: misaligned buffers: O_DIRECT does not work in {}", std::env::temp_dir().display());
         return;
     }
     let options = BlockOptions { direct: Some(true), ..file.options() };
