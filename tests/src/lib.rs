@@ -13,6 +13,8 @@
 mod guest;
 mod linux;
 mod process;
+mod programs;
+mod spoil;
 mod tap;
 mod terminal;
 mod tiny;
@@ -24,7 +26,9 @@ use std::time::{Duration, Instant};
 
 pub use guest::Guest;
 pub use linux::{Kernel, linux, linux_that_runs};
-pub use process::{Census, Mappings};
+pub use process::{Census, Mappings, assert_nothing_more};
+pub use programs::{good, output, rackctl};
+pub use spoil::spoil_everything;
 pub use tap::Tap;
 pub use terminal::Terminal;
 pub use tiny::Tiny;
@@ -72,16 +76,22 @@ pub fn eventually<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// `length` bytes that follow from `seed` (splitmix64).
+/// `length` bytes that follow from `seed`. Each block of 512 bytes differs from all others.
 pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    // splitmix64
     let mut state = seed;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
+    let mut random = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bytes.extend((z ^ (z >> 31)).to_le_bytes());
+        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let pool: Vec<u8> = (0..1024).flat_map(|_| random().to_le_bytes()).collect();
+    let mut bytes = Vec::with_capacity(length + 512);
+    while bytes.len() < length {
+        let from = usize::try_from(random() % 7000).unwrap();
+        bytes.extend((bytes.len() as u64).to_le_bytes());
+        bytes.extend(&pool[from..from + 504]);
     }
     bytes.truncate(length);
     bytes
@@ -102,6 +112,9 @@ pub fn sha256(bytes: &[u8]) -> String {
 /// With the first difference.
 pub fn assert_same_bytes(found: &[u8], wanted: &[u8], what: &str) {
     assert_eq!(found.len(), wanted.len(), "{what}: length");
+    if found == wanted {
+        return;
+    }
     if let Some(at) = found.iter().zip(wanted).position(|(f, w)| f != w) {
         let end = (at + 16).min(found.len());
         panic!("{what}: byte {at:#x} differs: {:02x?} instead of {:02x?}", &found[at..end], &wanted[at..end]);

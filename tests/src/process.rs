@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
+use std::time::{Duration, Instant};
+
+use crate::PATIENCE;
 
 /// The threads and descriptors of a process, by what they are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +22,9 @@ impl Census {
         let mut census = Self { threads: BTreeMap::new(), descriptors: BTreeMap::new() };
         for entry in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
             // A thread may end while we look.
-            if let Ok(name) = fs::read_to_string(entry.unwrap().path().join("comm")) {
+            let name = fs::read_to_string(entry.unwrap().path().join("comm")).unwrap_or_default();
+            // io_uring's own workers come and go as the kernel likes.
+            if !name.is_empty() && !name.starts_with("iou-wrk-") {
                 *census.threads.entry(name.trim().to_owned()).or_default() += 1;
             }
         }
@@ -34,6 +39,34 @@ impl Census {
             }
         }
         census
+    }
+}
+
+impl Census {
+    /// What there is more of than in `before`. What is on its way out at both times does not count: an API connection
+    /// that its server has not closed yet, say.
+    pub fn more_than(&self, before: &Self) -> Vec<String> {
+        let more = |now: &BTreeMap<String, usize>, then: &BTreeMap<String, usize>| -> Vec<String> {
+            let had = |name| then.get(name).copied().unwrap_or(0);
+            now.iter().filter(|(name, n)| **n > had(*name)).map(|(name, n)| format!("{n} × {name}")).collect()
+        };
+        [more(&self.threads, &before.threads), more(&self.descriptors, &before.descriptors)].concat()
+    }
+}
+
+/// Waits until process `pid` holds nothing more than `before`.
+///
+/// # Panics
+/// With what it holds more, after [`crate::PATIENCE`].
+pub fn assert_nothing_more(pid: u32, before: &Census) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let more = Census::of(pid).more_than(before);
+        if more.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "left behind: {}", more.join(", "));
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -72,7 +105,7 @@ mod tests {
     #[test]
     fn a_new_thread_descriptor_or_mapping_is_seen() {
         let pid = std::process::id();
-        let (before, _) = (Census::of(pid), Mappings::of(pid));
+        let before = Census::of(pid);
         let _file = fs::File::open("/dev/null").unwrap();
         let (hold, wait) = std::sync::mpsc::channel::<()>();
         let body = move || {
@@ -83,6 +116,7 @@ mod tests {
             Some(Census::of(pid)).filter(|census| census.threads.contains_key("one-more"))
         });
         assert_eq!(after.threads["one-more"], 1);
+        assert!(after.more_than(&before).contains(&"1 × one-more".to_owned()));
         let nulls = |census: &Census| census.descriptors.get("/dev/null").copied().unwrap_or(0);
         assert_eq!(nulls(&after), nulls(&before) + 1);
         drop(hold);

@@ -2,9 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking, also in its helpers")]
 
+use std::process::Command;
+
+use rackvisor_api::config::{CpusConfig, Topology};
+use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
-use rackvisor_api::state::VmState;
-use rackvisor_tests::{Kernel, Rackvisor, linux_that_runs, needs_kvm};
+use rackvisor_api::state::{Action, VmState};
+use rackvisor_tests::{Kernel, Rackvisor, Tiny, assert_nothing_more, linux, linux_that_runs, needs_kvm};
 
 /// Boots a Linux; checks what it finds.
 fn boots(kernel: Kernel, cpus: u8, memory: ByteSize) {
@@ -83,4 +87,89 @@ fn vmlinuz_boots_with_2_vcpus_and_5_gib() {
 fn vmlinuz_boots_with_4_vcpus_and_128_mib() {
     needs_kvm!();
     boots(Kernel::Vmlinuz, 4, ByteSize::mib(128));
+}
+
+#[test]
+fn the_guest_finds_the_machine_that_was_configured_and_tables_that_iasl_takes() {
+    needs_kvm!();
+    let vmm = Rackvisor::start();
+    let mut config = linux();
+    config.cpus = CpusConfig { count: 4, topology: Some(Topology { sockets: 2, cores: 1, threads: 2 }) };
+    config.disks = vec![vmm.image("first", &[0; 4096]), vmm.image("second", &[0; 8192])];
+    config.disks[1].slot = Some(9);
+    let mut guest = vmm.boot_linux(&config);
+
+    // Slots, by configuration order or as told; the RNG comes last.
+    assert_eq!(guest.ok("ls /sys/bus/pci/devices | tr '\\n' ' '"), PCI_FUNCTIONS);
+    for (disk, slot) in [("vda", "01"), ("vdb", "09")] {
+        let device = guest.ok(&format!("readlink -f /sys/block/{disk}/device"));
+        assert!(device.contains(&format!("/0000:00:{slot}.0/")), "{disk}: {device}");
+    }
+    assert_eq!(vmm.client.disk("second").unwrap().pci, "0000:00:09.0");
+    let cpu = |name: &str| format!("cat /sys/devices/system/cpu/cpu*/topology/{name} | tr '\\n' ' '");
+    assert_eq!(guest.ok(&cpu("physical_package_id")), "0 0 1 1 ");
+    assert_eq!(guest.ok(&cpu("thread_siblings_list")), "0-1 0-1 2-3 2-3 ");
+    assert_eq!(guest.ok("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"), "kvm-clock");
+    assert_eq!(guest.ok("head -c 16 /dev/hwrng | wc -c"), "16");
+    assert_eq!(guest.ok("dmesg | grep -iE 'acpi (error|bios error|warning)|firmware bug|call trace' || true"), "");
+
+    let names = guest.ok("cd /sys/firmware/acpi/tables && ls -p | grep -v /");
+    assert_eq!(names.split_whitespace().collect::<Vec<_>>(), ["APIC", "DSDT", "FACP", "FACS", "MCFG", "WAET"]);
+    if Command::new("iasl").arg("-v").output().is_err() {
+        return println!("iasl is not there: the tables are not compiled again");
+    }
+    for name in names.split_whitespace().filter(|name| *name != "FACS") {
+        let hex = guest.ok(&format!("hexdump -v -e '1/1 \"%02x\"' /sys/firmware/acpi/tables/{name}"));
+        let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+        let table: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+        assert_eq!(table.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0, "checksum of {name}");
+        std::fs::write(vmm.path(&format!("{name}.dat")), table).unwrap();
+        let iasl = |arguments: &[&str]| {
+            let output = Command::new("iasl").args(arguments).current_dir(vmm.path("")).output().unwrap();
+            let told = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+            assert!(output.status.success(), "iasl {arguments:?}: {told}");
+            told
+        };
+        iasl(&["-d", &format!("{name}.dat")]);
+        let told = iasl(&[&format!("{name}.dsl")]);
+        assert!(told.contains(" 0 Errors"), "{name}: {told}");
+    }
+}
+
+/// Host bridge, the first disk, the RNG, the second disk, the LPC bridge.
+const PCI_FUNCTIONS: &str = "0000:00:00.0 0000:00:01.0 0000:00:02.0 0000:00:09.0 0000:00:1f.0 ";
+
+#[test]
+fn linux_brings_up_16_vcpus() {
+    needs_kvm!();
+    let mut config = linux_that_runs("nproc", "poweroff");
+    config.cpus.count = 16;
+    let vmm = Rackvisor::start();
+    assert_eq!(vmm.boot_with_console(&config).result(), (0, "16\n".into()));
+    vmm.wait_for(VmState::Stopped);
+}
+
+#[test]
+fn a_vm_has_up_to_254_vcpus() {
+    needs_kvm!();
+    let vmm = Rackvisor::start();
+    let before = vmm.census();
+    let mut config = Tiny::says(b"I am the first").config(&vmm.path(""));
+    config.cpus.count = 254;
+    let mut guest = vmm.boot_with_console(&config);
+    guest.read_until("I am the first");
+    let threads = vmm.census().threads;
+    for index in 0..254 {
+        assert_eq!(threads.get(&format!("vcpu{index}")), Some(&1), "vCPU {index}");
+    }
+    assert_eq!(vmm.client.describe().unwrap().vcpus, 254);
+    vmm.client.act(Action::Pause).unwrap();
+    vmm.client.act(Action::Resume).unwrap();
+    vmm.client.act(Action::Nmi).unwrap();
+    assert_eq!(vmm.client.act(Action::Shutdown).unwrap().vcpus, 0);
+    assert_nothing_more(vmm.pid(), &before);
+
+    config.cpus.count = 255;
+    let refused = vmm.client.define(&config).unwrap_err();
+    assert_eq!(refused.code(), Some(Code::InvalidValue), "{refused}");
 }
