@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use rackvisor_api::client::Client;
 use rackvisor_api::config::{DiskConfig, SerialConfig, SerialMode, VmConfig};
@@ -135,6 +136,14 @@ impl Rackvisor {
         (status, std::mem::replace(&mut self.folder, empty))
     }
 
+    /// What was counted, for a look at what hangs.
+    fn show_metrics(&self) {
+        let client = Client::new(self.client.socket()).with_timeout(Duration::from_secs(5));
+        let Ok(metrics) = client.metrics() else { return };
+        let counted = metrics.lines().filter(|line| !line.starts_with('#') && !line.ends_with(" 0"));
+        eprintln!("--- metrics of rackvisor\n{}", counted.collect::<Vec<_>>().join("\n"));
+    }
+
     fn show_log(&self) {
         eprintln!("--- log of rackvisor\n{}", fs::read_to_string(self.path("log")).unwrap_or_default());
     }
@@ -144,6 +153,7 @@ impl Drop for Rackvisor {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.show_log();
+            self.show_metrics();
         }
         let _ = self.process.kill();
         let _ = self.process.wait();

@@ -110,6 +110,12 @@ impl Layout {
             subsystem: SUBSYSTEM,
         });
         config.add_bar(BAR, BAR_KIND, BAR_LENGTH)?;
+        // First: drivers look for it most, and each step along the list is two exits.
+        let mut msix = (vectors - 1).to_le_bytes().to_vec();
+        msix.extend(dword(MSIX_TABLE | u64::from(BAR)).to_le_bytes());
+        msix.extend(dword(MSIX_PENDING | u64::from(BAR)).to_le_bytes());
+        let control = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
+        let msix = config.add_capability(MSIX_CAPABILITY, &msix, &control.to_le_bytes())?;
         for (kind, offset, length, extra) in [
             (TYPE_COMMON, COMMON, common::SIZE, None),
             (TYPE_ISR, ISR, 4, None),
@@ -123,11 +129,6 @@ impl Layout {
             (*length, *bar) = (0, 0xff);
         }
         let window = config.add_capability(VENDOR_CAPABILITY, &structure(TYPE_PCI, 0, 0, Some(0)), &writable)?;
-        let mut msix = (vectors - 1).to_le_bytes().to_vec();
-        msix.extend(dword(MSIX_TABLE | u64::from(BAR)).to_le_bytes());
-        msix.extend(dword(MSIX_PENDING | u64::from(BAR)).to_le_bytes());
-        let control = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
-        let msix = config.add_capability(MSIX_CAPABILITY, &msix, &control.to_le_bytes())?;
         Ok(Self { config, msix_control: msix + 2, window: WindowRegisters::at(window) })
     }
 }
