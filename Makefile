@@ -1,7 +1,7 @@
 # The everyday commands. Each does its own set-up: as root on Debian nothing but Rust must be there before.
 CARGO ?= cargo
 
-.PHONY: help demo test lint fmt clippy docs guest bench-boot
+.PHONY: help demo test lint fmt clippy docs guest bench-boot bench-memory
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,3 +28,6 @@ guest: ## the test guest, in out/guest
 
 bench-boot: ## boot time and memory, side by side with other VMMs
 	@benches/boot
+
+bench-memory: ## what each kind of guest RAM costs
+	@benches/memory

@@ -13,7 +13,8 @@ use super::console::LiveConsole;
 use super::inventory::Inventory;
 use super::platform::{self, Platform};
 use super::{AssemblyError, DeviceBusy, DeviceStart, Host, disks, nics};
-use crate::boot::BootImages;
+use crate::boot::loading::Loading;
+use crate::boot::{BootImages, LoadedImages};
 use crate::cpu::{NewVcpus, VcpuSet};
 use crate::kvm;
 use crate::kvm::chipset::ChipsetState;
@@ -42,6 +43,8 @@ impl Machine {
         let images = BootImages::open(boot)?;
         let kvm = kvm::open()?;
         let ram = Ram::new(&config.memory)?;
+        let loading = Loading::begin(images, ram.shared(), ram.size(), &*host.spawner);
+        let loading = loading.map_err(|e| AssemblyError::host("thread for the images")(&e))?;
         let vm = kvm::create_vm(&kvm, &ram)?;
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus)?;
         let console = LiveConsole::open(&config.serial, host)?;
@@ -54,16 +57,16 @@ impl Machine {
         let vcpus = new_vcpus.start(&platform.for_vcpus(), &host.vcpu_events, &*host.spawner)?;
         inventory.metrics.push(vcpus.metrics());
         let chipset_state = ChipsetState::save(&vm)?;
-        let mut machine = Self { vcpus, inventory, platform, console, images, chipset_state, vm, ram };
-        machine.load()?;
+        let (images, loaded) = loading.finish()?;
+        let machine = Self { vcpus, inventory, platform, console, images, chipset_state, vm, ram };
+        machine.enter(&loaded)?;
         Ok(machine)
     }
 
-    /// Loads the guest and puts the vCPUs at its entry.
-    fn load(&mut self) -> Result<(), AssemblyError> {
+    /// Describes the machine to the loaded guest and puts the vCPUs at its entry.
+    fn enter(&self, loaded: &LoadedImages) -> Result<(), AssemblyError> {
         let rsdp = self.platform.write_acpi(self.ram.map())?;
-        let size = self.ram.slots().map(|(_, length, _)| length).sum();
-        let entry = self.images.load(self.ram.map(), size, rsdp)?;
+        let entry = self.images.describe(loaded, self.ram.map(), self.ram.size(), rsdp)?;
         Ok(self.vcpus.reset(&entry)?)
     }
 
@@ -111,7 +114,8 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), AssemblyError> {
         self.platform.reset()?;
         self.chipset_state.restore(&self.vm)?;
-        self.load()
+        let loaded = self.images.load(self.ram.map(), self.ram.size())?;
+        self.enter(&loaded)
     }
 
     /// Presses the power button.

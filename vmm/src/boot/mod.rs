@@ -1,6 +1,7 @@
 //! Direct boot: kernel, initrd, command line and tables in guest memory, and where the boot vCPU starts.
 
 pub mod image;
+pub mod loading;
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
@@ -82,6 +83,14 @@ pub struct BootImages {
     command_line: String,
 }
 
+/// A kernel and perhaps an initrd in guest memory.
+#[derive(Debug)]
+pub struct LoadedImages {
+    kernel: LoadedKernel,
+    /// Address and bytes.
+    initrd: Option<(u64, u64)>,
+}
+
 impl BootImages {
     /// Opens what `config` names.
     ///
@@ -95,28 +104,42 @@ impl BootImages {
         })
     }
 
-    /// Writes everything to `memory`, which has `ram` bytes, for a boot or a reboot. `rsdp` is the address of the ACPI
-    /// root pointer.
+    /// Loads kernel and initrd into `memory`, which has `ram` bytes, for a boot or a reboot.
     ///
     /// # Errors
     /// [`BootError`]; the guest must not be started then.
-    pub fn load(&mut self, memory: &GuestMemoryMmap, ram: u64, rsdp: u64) -> Result<Entry, BootError> {
+    pub fn load(&mut self, memory: &GuestMemoryMmap, ram: u64) -> Result<LoadedImages, BootError> {
         let ram_end = ram.min(layout::RAM_32BIT_END);
         let kernel = self.kernel.load(memory, ram_end)?;
         self.kernel.check_command_line(&kernel, self.command_line.len())?;
         let initrd = self.initrd.as_mut().map(|i| i.load(memory, &kernel)).transpose()?;
+        Ok(LoadedImages { kernel, initrd })
+    }
+
+    /// Writes what the kernel is told: command line, memory map, where its initrd is, and the address of the ACPI root
+    /// pointer.
+    ///
+    /// # Errors
+    /// [`BootError::Write`]; the guest must not be started then.
+    pub fn describe(
+        &self,
+        loaded: &LoadedImages,
+        memory: &GuestMemoryMmap,
+        ram: u64,
+        rsdp: u64,
+    ) -> Result<Entry, BootError> {
         let mut command_line = self.command_line.clone().into_bytes();
         command_line.push(0);
         memory.write_slice(&command_line, place::COMMAND_LINE).map_err(failed("the command line"))?;
         let map = layout::memory_map(ram);
-        match &kernel.protocol {
-            Protocol::Pvh => write_pvh(memory, &map, rsdp, initrd)?,
+        match &loaded.kernel.protocol {
+            Protocol::Pvh => write_pvh(memory, &map, rsdp, loaded.initrd)?,
             Protocol::Linux64(header) => {
                 let params = boot_params { hdr: **header, acpi_rsdp_addr: rsdp, ..Default::default() };
-                write_linux64(memory, &map, params, initrd)?;
+                write_linux64(memory, &map, params, loaded.initrd)?;
             }
         }
-        Ok(entry(&kernel))
+        Ok(entry(&loaded.kernel))
     }
 }
 

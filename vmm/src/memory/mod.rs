@@ -80,6 +80,12 @@ impl Ram {
         &self.map
     }
 
+    /// Bytes of RAM.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.map.iter().map(GuestMemoryRegion::len).sum()
+    }
+
     /// Each part of RAM: guest-physical address, bytes, host address.
     pub fn slots(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
         self.map.iter().map(|region| (region.start_addr().0, region.len(), region.as_ptr() as u64))
