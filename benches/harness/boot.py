@@ -2,14 +2,13 @@
 
 import argparse
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 
 import footprint
 import machines
 import report
+import staging
 from process import Running, Silent
 
 LIMIT_RATIO = 0.33
@@ -24,17 +23,6 @@ def arguments():
     parser.add_argument("--kernels", default="vmlinux,vmlinuz")
     parser.add_argument("--what", choices=("all", "time", "memory"), default="all")
     return parser.parse_args()
-
-
-def stage(options):
-    """Copies all that is read to memory, so that no file system of the host is part of what is measured."""
-    folder = tempfile.mkdtemp(prefix="rackvisor-bench-files.", dir="/dev/shm")
-    for name in ("vmlinux", "vmlinuz", "initrd.img"):
-        shutil.copy(os.path.join(options.guest, name), folder)
-    shutil.copy(options.rackvisor, os.path.join(folder, "rackvisor"))
-    with open(os.path.join(folder, "disk"), "wb") as disk:
-        disk.truncate(64 << 20)
-    return folder
 
 
 def time_boots(compared, kernels, rounds, files):
@@ -87,8 +75,7 @@ def print_times(compared, kernels, times):
 def main():
     options = arguments()
     kernels = options.kernels.split(",")
-    files = stage(options)
-    try:
+    with staging.Files(options, ("vmlinux", "vmlinuz", "initrd.img")) as files:
         compared = [machines.Rackvisor(os.path.join(files, "rackvisor")), *machines.peers()]
         report.heading([machines.version(machine.program) for machine in compared])
         good = True
@@ -96,8 +83,6 @@ def main():
             good = print_times(compared, kernels, time_boots(compared, kernels, options.rounds, files))
         if options.what != "time":
             good = footprint.measure(compared, files) and good
-    finally:
-        shutil.rmtree(files)
     return 0 if good else 1
 
 
