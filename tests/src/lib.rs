@@ -25,7 +25,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 pub use guest::Guest;
-pub use linux::{Kernel, linux, linux_that_runs};
+pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio};
 pub use process::{Census, Mappings, assert_nothing_more};
 pub use programs::{good, output, rackctl};
 pub use spoil::spoil_everything;

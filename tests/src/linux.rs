@@ -43,6 +43,18 @@ pub fn linux() -> VmConfig {
     with_cmdline(&format!("{CMDLINE} rv.mode=agent"))
 }
 
+/// As [`linux`] with fio and resize2fs.
+///
+/// # Panics
+/// If the guest was built without them.
+pub fn linux_with_fio() -> VmConfig {
+    let initrd = folder().join("initrd-fio.img");
+    assert!(initrd.exists(), "no {}: run resources/guest/build --fio", initrd.display());
+    let mut config = linux();
+    config.boot = config.boot.map(|boot| BootConfig { initrd: Some(initrd), ..boot });
+    config
+}
+
 /// A Linux that runs `script`, then does `then` (`poweroff`, `reboot` or `hang`).
 pub fn linux_that_runs(script: &str, then: &str) -> VmConfig {
     with_cmdline(&format!("{CMDLINE} rv.mode=exec rv.then={then} rv.exec={}", base64(script.as_bytes())))

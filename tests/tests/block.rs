@@ -8,7 +8,7 @@ use std::process::Command;
 
 use rackvisor_api::config::{CacheMode, DiskConfig};
 use rackvisor_api::state::VmState;
-use rackvisor_tests::{Rackvisor, assert_same_bytes, linux, linux_that_runs, needs_kvm, noise, skip};
+use rackvisor_tests::{Rackvisor, assert_same_bytes, linux, linux_that_runs, linux_with_fio, needs_kvm, noise, skip};
 
 const MIB: usize = 1 << 20;
 
@@ -51,6 +51,19 @@ fn what_the_guest_writes_is_found_on_the_host_byte_for_byte() {
     wanted[12_001 * 512..14_002 * 512].copy_from_slice(&source[512..2002 * 512]);
     assert_same_bytes(&fs::read(vmm.path("target")).unwrap(), &wanted, "the disk");
     assert_same_bytes(&fs::read(vmm.path("source")).unwrap(), &source, "the disk that was only read");
+}
+
+#[test]
+fn fio_finds_again_what_it_wrote_at_random_through_two_queues() {
+    needs_kvm!();
+    let vmm = Rackvisor::start();
+    let mut config = linux_with_fio();
+    config.cpus.count = 2;
+    config.disks = vec![vmm.image("data", &vec![0; 8 * MIB])];
+    config.disks[0].queues = 2;
+    let mut guest = vmm.boot_linux(&config);
+    guest.ok("fio --name=a --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=32 \
+        --io_size=8m --size=8m --verify=crc32c --verify_fatal=1 --output-format=terse --output=/tmp/said || cat /tmp/said");
 }
 
 #[test]
