@@ -1,7 +1,9 @@
 //! Tests at ring level: a driver's double in front, real workers, and a real file or a backend that can be told to fail.
 
+mod chains;
 mod memory;
 mod ring_errors;
+mod viostor;
 mod with_backend;
 mod with_file;
 

@@ -44,8 +44,13 @@ pub struct MemoryDisk {
 
 impl MemoryDisk {
     pub fn new(bytes: usize) -> Self {
+        Self::with_geometry(bytes, |geometry| geometry)
+    }
+
+    /// A disk of another shape.
+    pub fn with_geometry(bytes: usize, shape: impl FnOnce(Geometry) -> Geometry) -> Self {
         let inner = Inner { bytes: vec![0; bytes], ..Inner::default() };
-        let geometry = Geometry { capacity: bytes as u64, ..geometry() };
+        let geometry = shape(Geometry { capacity: bytes as u64, ..geometry() });
         Self { inner: Arc::new(Mutex::new(inner)), changed: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), geometry }
     }
 
@@ -69,13 +74,26 @@ impl MemoryDisk {
         self.inner.lock().unwrap().seen.iter().map(|seen| (seen.operation, seen.offset, seen.length)).collect()
     }
 
+    /// What it holds.
+    pub fn bytes(&self, offset: u64, length: usize) -> Vec<u8> {
+        self.inner.lock().unwrap().bytes[offset as usize..][..length].to_vec()
+    }
+
+    /// Makes all of it the same.
+    pub fn fill(&self, byte: u8) {
+        self.inner.lock().unwrap().bytes.fill(byte);
+    }
+
     /// A device on this disk.
+    pub fn device(&self, options: &BlockOptions, notifier: Arc<RecordedNotifier>) -> VirtioBlock {
+        let backend = |_: &_| Ok(Box::new(MemoryBackend::new(self)) as Box<dyn BlockBackend>);
+        VirtioBlock::with_backends(options, Arc::new(self.clone()), &backend, &PlainThreads, notifier).unwrap()
+    }
+
+    /// The same with a driver.
     pub fn bench(&self, options: BlockOptions) -> Bench {
         let notifier = Arc::new(RecordedNotifier::default());
-        let backend = |_: &_| Ok(Box::new(MemoryBackend::new(self)) as Box<dyn BlockBackend>);
-        let source = Arc::new(self.clone());
-        let device = VirtioBlock::with_backends(&options, source, &backend, &PlainThreads, notifier.clone()).unwrap();
-        Bench::new(device, notifier)
+        Bench::new(self.device(&options, Arc::clone(&notifier)), notifier)
     }
 }
 

@@ -9,17 +9,17 @@ use crate::DeviceEvent;
 use crate::block::{RescanError, feature};
 use crate::virtio::double::EVENT_IDX;
 
-const SIZE: u64 = 8 << 20;
+pub const SIZE: u64 = 8 << 20;
 
 /// A file that is removed at the end.
-struct TempFile(PathBuf);
+pub struct TempFile(PathBuf);
 
 impl TempFile {
-    fn new(bytes: u64) -> Self {
+    pub fn new(bytes: u64) -> Self {
         Self::at(std::env::temp_dir(), bytes)
     }
 
-    fn at(directory: impl Into<PathBuf>, bytes: u64) -> Self {
+    pub fn at(directory: impl Into<PathBuf>, bytes: u64) -> Self {
         static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let path = directory.into().join(format!("rackvisor-block-{}-{number}", std::process::id()));
@@ -27,13 +27,17 @@ impl TempFile {
         Self(path)
     }
 
-    fn bytes(&self, offset: u64, length: usize) -> Vec<u8> {
+    pub fn bytes(&self, offset: u64, length: usize) -> Vec<u8> {
         let mut data = vec![0; length];
         File::open(&self.0).unwrap().read_exact_at(&mut data, offset).unwrap();
         data
     }
 
-    fn options(&self) -> BlockOptions {
+    pub fn fill(&self, offset: u64, bytes: &[u8]) {
+        OpenOptions::new().write(true).open(&self.0).unwrap().write_all_at(bytes, offset).unwrap();
+    }
+
+    pub fn options(&self) -> BlockOptions {
         BlockOptions { direct: Some(false), ..BlockOptions::new("root", &self.0) }
     }
 }
@@ -44,7 +48,7 @@ impl Drop for TempFile {
     }
 }
 
-fn direct_works(path: &Path) -> bool {
+pub fn direct_works(path: &Path) -> bool {
     use std::os::unix::fs::OpenOptionsExt;
     OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
 }
