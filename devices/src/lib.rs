@@ -90,6 +90,11 @@ pub enum DeviceEvent {
         /// What failed, for the operator.
         reason: String,
     },
+    /// Another host took the LUN from this one: nothing is written to it any more, and the guest cannot go on.
+    ReservationLost {
+        /// The key of the host that has it now, if one has.
+        holder: Option<u64>,
+    },
 }
 
 /// Where devices send what they have to tell. Called from any thread; must neither block nor fail.

@@ -18,6 +18,7 @@ use super::error::{BlockError, RescanError};
 use super::file::{BlockFile, OpenMode};
 use super::identity;
 use super::metrics::{BlockMetrics, QueueMetrics};
+use super::reservation::{Guard, GuardThread, Reservation, ReservationError, ReservationOptions};
 use super::shared::{Disk, LogLimit};
 use super::uring::UringBackend;
 use super::worker::{Command, Parts, Start, Worker};
@@ -60,6 +61,10 @@ pub struct BlockOptions {
     /// Whether writes may stay in a volatile cache until the guest flushes, as disks do. `false`: each write is stable
     /// when it completes, until the guest chooses otherwise.
     pub writeback: bool,
+    /// Refuse any LUN but the one with this world-wide identifier, before anything of it is read, written or reserved.
+    pub wwid: Option<String>,
+    /// Keep other hosts from writing the LUN for as long as it is open. Not for read-only disks.
+    pub reservation: Option<ReservationOptions>,
 }
 
 impl BlockOptions {
@@ -75,6 +80,8 @@ impl BlockOptions {
             block_size: None,
             serial: None,
             writeback: true,
+            wwid: None,
+            reservation: None,
         }
     }
 
@@ -88,6 +95,9 @@ impl BlockOptions {
         }
         if !self.queue_size.is_power_of_two() || !QUEUE_SIZES.contains(&self.queue_size) {
             return bad(format!("queue size {}: a power of two from 16 to 1024 is possible", self.queue_size));
+        }
+        if self.read_only && self.reservation.is_some() {
+            return bad("it is read-only, which needs no reservation: leave one of the two out".into());
         }
         match &self.serial {
             Some(serial) if !identity::is_valid(serial) => {
@@ -122,6 +132,13 @@ impl QueueThread {
     }
 }
 
+/// What is known of the LUN beside its shape.
+#[derive(Default)]
+pub(super) struct Seat {
+    pub wwid: Option<String>,
+    pub guard: Option<Guard>,
+}
+
 /// A virtio block device (virtio 1.2 §5.2) with a thread for each queue.
 ///
 /// Dropping it ends the threads. One whose disk hangs is left alone: it keeps the guest memory that its requests name,
@@ -133,10 +150,12 @@ pub struct VirtioBlock {
     /// Queues that have stopped since the device was last asked to.
     stopped: Vec<StoppedQueue>,
     initial_writeback: bool,
+    guard: Option<GuardThread>,
 }
 
 impl VirtioBlock {
-    /// Opens and locks the disk, makes its rings, and starts its threads, which wait to be given queues.
+    /// Opens and locks the disk, reserves it if asked to, makes its rings, and starts its threads, which wait to be given
+    /// queues. May wait for the disk.
     ///
     /// # Errors
     /// [`BlockError`], which names the object and the remedy; nothing is left behind then.
@@ -146,9 +165,12 @@ impl VirtioBlock {
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, BlockError> {
         options.check()?;
-        let mode = OpenMode { read_only: options.read_only, direct: options.direct, block_size: options.block_size };
+        let BlockOptions { read_only, direct, block_size, .. } = options;
+        let mode = OpenMode { read_only, direct, block_size, wwid: options.wwid.clone() };
         let file = BlockFile::open(&options.path, &mode)?;
-        let identity = identity::of(options.serial.as_deref(), file.wwid().as_deref(), &options.id);
+        let wwid = file.wwid();
+        let reserve = |wanted| Reservation::acquire(Arc::clone(file.file()), &options.path, wanted);
+        let guard = options.reservation.map(reserve).transpose()?.map(Guard::new);
         let geometry = file.geometry();
         let descriptor = Arc::clone(file.file());
         let depth = options.queue_size;
@@ -156,7 +178,8 @@ impl VirtioBlock {
             let backend = UringBackend::new(Arc::clone(&descriptor), geometry, depth, Arc::clone(metrics))?;
             Ok(Box::new(backend))
         };
-        Self::assemble(&options, identity, Arc::new(file), &backend, spawner, notifier)
+        let seat = Seat { wwid, guard };
+        Self::assemble(&options, seat, Arc::new(file), &backend, spawner, notifier)
     }
 
     /// A device in front of any backends: `backend` is called once for each queue. The path in `options` is not used.
@@ -171,19 +194,20 @@ impl VirtioBlock {
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, BlockError> {
         options.check()?;
-        let identity = identity::of(options.serial.as_deref(), None, &options.id);
-        Self::assemble(options, identity, source, backend, spawner, notifier)
+        Self::assemble(options, Seat::default(), source, backend, spawner, notifier)
     }
 
-    fn assemble(
+    pub(super) fn assemble(
         options: &BlockOptions,
-        identity: [u8; super::request::ID_BYTES],
+        seat: Seat,
         source: Arc<dyn BlockSource>,
         backend: &MakeBackend<'_>,
         spawner: &dyn ThreadSpawner,
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, BlockError> {
         let geometry = source.geometry();
+        let Seat { wwid, guard } = seat;
+        let identity = identity::of(options.serial.as_deref(), wwid.as_deref(), &options.id);
         let metrics = Arc::new(BlockMetrics::new(&options.id, usize::from(options.queues), options.queue_size));
         metrics.capacity.set(geometry.capacity);
         let disk = Arc::new(Disk {
@@ -198,10 +222,15 @@ impl VirtioBlock {
             stopping: AtomicU32::new(0),
             signals: Mutex::new(None),
             log: LogLimit::new(),
+            wwid,
+            guard,
         });
         let sizes = vec![options.queue_size; usize::from(options.queues)];
         let initial_writeback = options.writeback;
-        let mut device = Self { disk, queues: Vec::new(), sizes, stopped: Vec::new(), initial_writeback };
+        let mut device = Self { disk, queues: Vec::new(), sizes, stopped: Vec::new(), initial_writeback, guard: None };
+        let name = thread_name(&options.id, ".pr");
+        let lacking = |error| BlockError::Resources { id: options.id.clone(), what: "a thread", error };
+        device.guard = Guard::start(&device.disk, &name, spawner).map_err(lacking)?;
         for (index, metrics) in metrics.queues().iter().enumerate() {
             let backend = backend(metrics)?;
             let thread = device.spawn(index, options, backend, metrics, spawner)?;
@@ -231,7 +260,7 @@ impl VirtioBlock {
             stopped,
             depth: options.queue_size,
         };
-        let name = thread_name(&options.id, index);
+        let name = thread_name(&options.id, &format!(".q{index}"));
         let thread = spawner.spawn(&name, Box::new(move || Worker::run(parts))).map_err(lacking("a thread"))?;
         Ok(QueueThread { commands: Some(commands), wake, stopped: answers, thread: Some(thread), state: State::Idle })
     }
@@ -381,10 +410,20 @@ impl Drop for VirtioBlock {
                 warn!(disk = self.disk.id, requests, "a worker waits for its disk and is left to end by itself");
             }
         }
+        // After the workers: their writes must not outlive the reservation.
+        if let Some(guard) = &self.disk.guard {
+            guard.leave(self.disk.metrics.in_flight().0);
+        }
+        if let Some(thread) = self.guard.take()
+            && !thread.join(Instant::now() + LEAVING)
+        {
+            warn!(disk = self.disk.id, "the guard of the reservation waits for its disk and is left to end by itself");
+        }
     }
 }
 
-/// Looks after a disk while the transport owns the device. Only [`BlockHandle::flush`] waits for I/O.
+/// Looks after a disk while the transport owns the device. Only [`BlockHandle::flush`] and
+/// [`BlockHandle::release_reservation`] wait for the disk.
 #[derive(Clone)]
 pub struct BlockHandle {
     disk: Arc<Disk>,
@@ -427,6 +466,22 @@ impl BlockHandle {
         source.map_or(Ok(()), |source| source.sync())
     }
 
+    /// The world-wide identifier of the LUN, the same on each host, if the host knows one.
+    #[must_use]
+    pub fn wwid(&self) -> Option<String> {
+        self.disk.wwid.clone()
+    }
+
+    /// Gives the reservation of the LUN up, for the clean end of the VM, if it has one. After the last flush; the device takes
+    /// no requests any more. Waits for the disk: not for the control thread.
+    ///
+    /// # Errors
+    /// [`ReservationError`] if the LUN stays reserved: the disk does not answer, or requests are still in flight.
+    pub fn release_reservation(&self) -> Result<(), ReservationError> {
+        let in_flight = self.disk.metrics.in_flight().0;
+        self.disk.guard.as_ref().map_or(Ok(()), |guard| guard.release(in_flight))
+    }
+
     /// Number and greatest age of the requests in flight, also while the disk hangs.
     #[must_use]
     pub fn in_flight(&self) -> (u32, Duration) {
@@ -440,9 +495,8 @@ impl BlockHandle {
     }
 }
 
-/// `<id>.q<index>`, the id cut so that the index is seen.
-fn thread_name(id: &str, index: usize) -> String {
-    let suffix = format!(".q{index}");
+/// `<id><suffix>`, the id cut so that the suffix is seen.
+fn thread_name(id: &str, suffix: &str) -> String {
     let mut room = THREAD_NAME.saturating_sub(suffix.len()).min(id.len());
     while !id.is_char_boundary(room) {
         room -= 1;

@@ -1,9 +1,12 @@
 //! Why a disk could not be made.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
 use thiserror::Error;
+
+use super::reservation::ReservationError;
 
 /// Why a disk could not be made. Each message names the object and the remedy.
 #[derive(Debug, Error)]
@@ -69,6 +72,27 @@ pub enum BlockError {
         /// The path.
         path: PathBuf,
     },
+    /// Another LUN than the configuration names.
+    #[error("{} is not the LUN {wanted}: {}. Correct the path or the wwid; nothing was read or written", path.display(), Found(found))]
+    Identity {
+        /// The path.
+        path: PathBuf,
+        /// The identifier that was asked for.
+        wanted: String,
+        /// Those that it has.
+        found: Vec<String>,
+    },
+    /// A file has no identifier.
+    #[error("{} is a file, which has no world-wide identifier: leave wwid out, or give the path of the LUN {wanted}", path.display())]
+    IdentityOfFile {
+        /// The path.
+        path: PathBuf,
+        /// The identifier that was asked for.
+        wanted: String,
+    },
+    /// The LUN cannot be reserved for this host.
+    #[error(transparent)]
+    Reservation(#[from] ReservationError),
     /// The host did not tell the shape of the disk.
     #[error("cannot get {what} of {}: {error}", path.display())]
     Geometry {
@@ -99,6 +123,17 @@ pub enum BlockError {
         /// What the kernel answered.
         error: io::Error,
     },
+}
+
+struct Found<'a>(&'a [String]);
+
+impl fmt::Display for Found<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("the host tells no identifier of it"),
+            found => write!(f, "it is {}", found.join(", ")),
+        }
+    }
 }
 
 /// Why a look at the size of a disk changed nothing.

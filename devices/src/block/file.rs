@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use super::backend::{BlockSource, Geometry, RangeLimits};
 use super::error::BlockError;
+use super::identity;
 use super::sysfs::QueueAttributes;
 
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
@@ -64,6 +65,8 @@ pub struct OpenMode {
     pub direct: Option<bool>,
     /// Show blocks of this many bytes to the guest. `None`: those of the host.
     pub block_size: Option<u32>,
+    /// Refuse any device but the LUN with this world-wide identifier, before anything is read, written or locked.
+    pub wwid: Option<String>,
 }
 
 impl BlockFile {
@@ -78,6 +81,9 @@ impl BlockFile {
         let is_device = metadata.file_type().is_block_device();
         if !is_device && !metadata.is_file() {
             return Err(BlockError::Kind { path: path.into(), kind: kind_of(&metadata) });
+        }
+        if let Some(wanted) = &mode.wwid {
+            check_identity(path, wanted, is_device.then(|| metadata.rdev()))?;
         }
         let direct = mode.direct.unwrap_or(is_device);
         set_flags(&file, direct).map_err(|error| BlockError::Direct { path: path.into(), error })?;
@@ -122,7 +128,7 @@ impl BlockFile {
     #[must_use]
     pub fn wwid(&self) -> Option<String> {
         let device = self.file.metadata().ok().filter(|_| self.is_device)?.rdev();
-        super::sysfs::wwid(device)
+        super::sysfs::identifiers(device).into_iter().next()
     }
 }
 
@@ -158,6 +164,13 @@ fn open(path: &Path, read_only: bool) -> Result<File, BlockError> {
         };
         BlockError::Open { path: path.into(), error, remedy }
     })
+}
+
+fn check_identity(path: &Path, wanted: &str, device: Option<u64>) -> Result<(), BlockError> {
+    let (path, wanted) = (path.to_path_buf(), wanted.to_owned());
+    let Some(device) = device else { return Err(BlockError::IdentityOfFile { path, wanted }) };
+    let found = super::sysfs::identifiers(device);
+    if identity::names(&wanted, &found) { Ok(()) } else { Err(BlockError::Identity { path, wanted, found }) }
 }
 
 fn kind_of(metadata: &std::fs::Metadata) -> &'static str {

@@ -16,9 +16,11 @@ mod file;
 mod identity;
 mod metrics;
 mod request;
+mod reservation;
 mod shared;
 mod sysfs;
 mod uring;
+mod vpd;
 mod worker;
 
 #[cfg(test)]
@@ -32,4 +34,5 @@ pub use self::device::{BlockHandle, BlockOptions, MakeBackend, VirtioBlock};
 pub use self::error::{BlockError, RescanError};
 pub use self::file::{BlockFile, LockedFile, OpenMode};
 pub use self::metrics::{BlockMetrics, OperationMetrics, QueueMetrics};
+pub use self::reservation::{Kind, Refusal, Reservation, ReservationError, ReservationOptions, Standing};
 pub use self::uring::UringBackend;

@@ -10,6 +10,7 @@ use super::backend::{BlockSource, Geometry};
 use super::error::RescanError;
 use super::metrics::BlockMetrics;
 use super::request::{ID_BYTES, Rules};
+use super::reservation::Guard;
 use crate::virtio::TransportSignals;
 use crate::{DeviceEvent, DeviceNotifier};
 
@@ -33,6 +34,10 @@ pub(super) struct Disk {
     /// The way to the driver, while there is one.
     pub signals: Mutex<Option<Arc<dyn TransportSignals>>>,
     pub log: LogLimit,
+    /// The world-wide identifier of the LUN, where the host knows one.
+    pub wwid: Option<String>,
+    /// What looks after the reservation of the LUN, if it has one.
+    pub guard: Option<Guard>,
 }
 
 impl Disk {

@@ -2,6 +2,7 @@
 
 mod chains;
 mod memory;
+mod reserved;
 mod ring_errors;
 mod viostor;
 mod with_backend;

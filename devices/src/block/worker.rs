@@ -216,7 +216,7 @@ impl Worker {
     fn take_requests(&mut self) -> bool {
         let Some(mut active) = self.active.take() else { return false };
         let mut more = false;
-        if !active.broken && !active.stopping {
+        if !active.broken && !active.stopping && !self.disk.is_fenced() {
             active.refresh_map(&self.slots, &self.free);
             match self.take_batch(&mut active) {
                 Ok(left) => more = left,
@@ -315,6 +315,9 @@ impl Worker {
         }
         if let Err(errno) = result {
             counters.errors.increment();
+            if errno == libc::EBADE {
+                self.disk.conflict();
+            }
             self.disk.io_error(errno, name(operation), slot.offset, slot.length);
         }
         let (head, address) = (slot.head, slot.status);

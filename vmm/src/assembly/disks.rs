@@ -20,6 +20,8 @@ pub fn open(config: &DiskConfig, host: &Host) -> Result<(VirtioBlock, LiveDisk),
         block_size: None,
         serial: config.serial.clone(),
         writeback: config.cache == CacheMode::Writeback,
+        wwid: None,
+        reservation: None,
     };
     let device = VirtioBlock::new(options, &*host.spawner, host.notifier.clone())
         .map_err(|source| AssemblyError::Disk { id: config.id.clone(), source })?;

@@ -11,6 +11,8 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::config::tests::geometry;
+use super::super::device::Seat;
+use super::super::reservation::Guard;
 use super::*;
 use crate::block::{BlockBackend, BlockSource, Completion, Event, Geometry, Operation, Request, Signal};
 
@@ -88,6 +90,17 @@ impl MemoryDisk {
     pub fn device(&self, options: &BlockOptions, notifier: Arc<RecordedNotifier>) -> VirtioBlock {
         let backend = |_: &_| Ok(Box::new(MemoryBackend::new(self)) as Box<dyn BlockBackend>);
         VirtioBlock::with_backends(options, Arc::new(self.clone()), &backend, &PlainThreads, notifier).unwrap()
+    }
+
+    /// A device on this disk behind a reservation, with a driver.
+    pub fn guarded(&self, guard: Guard) -> Bench {
+        let options = BlockOptions::new("root", "");
+        let notifier = Arc::new(RecordedNotifier::default());
+        let backend = |_: &_| Ok(Box::new(MemoryBackend::new(self)) as Box<dyn BlockBackend>);
+        let seat = Seat { wwid: None, guard: Some(guard) };
+        let source = Arc::new(self.clone());
+        let device = VirtioBlock::assemble(&options, seat, source, &backend, &PlainThreads, notifier.clone());
+        Bench::new(device.unwrap(), notifier)
     }
 
     /// The same with a driver.
