@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use tokio::sync::watch;
 use utoipa::ToSchema;
 
-use crate::config::Link;
+use crate::config::{Link, ReservationKey};
 use crate::state::VmState;
 
 /// How many events the log keeps.
@@ -76,6 +76,14 @@ pub enum EventKind {
         /// The state of the cable now.
         link: Link,
     },
+    /// Another host took a LUN from this one: it is not written any more, and the VM ends.
+    ReservationLost {
+        /// The id of the disk.
+        device: String,
+        /// The key of the host that has it now, if one has.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        holder: Option<ReservationKey>,
+    },
     /// This subscriber was too slow: events are missing before the next one.
     Lagged {
         /// How many.
@@ -103,6 +111,7 @@ impl EventKind {
             Self::DeviceError { .. } => "device-error",
             Self::DiskResized { .. } => "disk-resized",
             Self::LinkChanged { .. } => "link-changed",
+            Self::ReservationLost { .. } => "reservation-lost",
             Self::Lagged { .. } => "lagged",
             Self::Other { kind, .. } => kind,
         }
@@ -332,6 +341,8 @@ mod tests {
             EventKind::DeviceError { device: "root".into(), detail: "EIO".into() },
             EventKind::DiskResized { device: "root".into(), capacity: 1 << 40 },
             EventKind::LinkChanged { device: "net0".into(), link: Link::Down },
+            EventKind::ReservationLost { device: "root".into(), holder: "0x1a2b".parse().ok() },
+            EventKind::ReservationLost { device: "root".into(), holder: None },
             EventKind::Lagged { missed: 3 },
             EventKind::Other { kind: "from-the-future".into(), data: serde_json::json!({"a": 1}) },
         ];

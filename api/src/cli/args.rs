@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use rackvisor_api::config::{CacheMode, Link, MacAddr};
+use rackvisor_api::config::{CacheMode, Link, MacAddr, ReservationKey};
 use rackvisor_api::state::VmState;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -139,7 +139,7 @@ pub enum DiskCommand {
         #[command(flatten)]
         options: DiskOptions,
         /// Put a property back to its default (may be given several times)
-        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "queue_size", "direct", "serial", "slot", "cache"])]
+        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "queue_size", "direct", "serial", "slot", "cache", "wwid", "reservation"])]
         unset: Vec<String>,
     },
     /// Remove a disk; what is on it stays
@@ -173,6 +173,15 @@ pub struct DiskOptions {
     /// When a write counts as done
     #[arg(long, value_parser = one_of::<CacheMode>(&["writeback", "writethrough"]))]
     pub cache: Option<CacheMode>,
+    /// Refuse any LUN but the one with this world-wide identifier
+    #[arg(long)]
+    pub wwid: Option<String>,
+    /// Keep other hosts from writing the LUN; this is the key of this host, such as 0x1a2b
+    #[arg(long, value_name = "KEY")]
+    pub reservation: Option<ReservationKey>,
+    /// Take the LUN away from the host that has it
+    #[arg(long, requires = "reservation")]
+    pub preempt: bool,
 }
 
 /// What to do with network interfaces.

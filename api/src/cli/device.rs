@@ -1,7 +1,7 @@
 //! `rackctl disk …` and `rackctl nic …`.
 
 use rackvisor_api::client::Client;
-use rackvisor_api::config::{DiskConfig, DiskPatch, NicConfig, NicPatch, Patch};
+use rackvisor_api::config::{DiskConfig, DiskPatch, NicConfig, NicPatch, Patch, ReservationConfig};
 
 use crate::args::{DiskCommand, DiskOptions, NicCommand, NicOptions};
 use crate::output::{Failure, Output};
@@ -61,6 +61,7 @@ fn property<T: Clone>(value: &Option<T>, name: &str, unset: &[String]) -> Patch<
 }
 
 fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
+    let reservation = options.reservation.map(|key| ReservationConfig { key, preempt: options.preempt });
     DiskPatch {
         path: Patch::Keep,
         read_only: property(&options.read_only, "read_only", unset),
@@ -70,6 +71,8 @@ fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
         serial: property(&options.serial, "serial", unset),
         slot: property(&options.slot, "slot", unset),
         cache: property(&options.cache, "cache", unset),
+        wwid: property(&options.wwid, "wwid", unset),
+        reservation: property(&reservation, "reservation", unset),
     }
 }
 

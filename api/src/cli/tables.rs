@@ -190,6 +190,8 @@ pub fn disk(disk: &DiskInfo) -> String {
     facts.add("cache", word(&config.cache));
     facts.add_some("direct", config.direct);
     facts.add_some("serial", config.serial.as_deref());
+    facts.add_some("wwid", config.wwid.as_deref());
+    facts.add_some("reserved", config.reservation.map(|reservation| format!("with key {}", reservation.key)));
     facts.add("reads", format!("{} ({})", counters.reads, about(counters.read_bytes)));
     facts.add("writes", format!("{} ({})", counters.writes, about(counters.written_bytes)));
     facts.add("flushes", counters.flushes.to_string());
@@ -255,6 +257,10 @@ pub fn event(event: &Event) -> String {
         EventKind::DeviceError { device, detail } => format!("{device}: {detail}"),
         EventKind::DiskResized { device, capacity } => format!("{device}: {}", ByteSize(*capacity)),
         EventKind::LinkChanged { device, link } => format!("{device}: {}", word(link)),
+        EventKind::ReservationLost { device, holder } => {
+            let taker = holder.map(|key| format!(", which has the key {key}")).unwrap_or_default();
+            format!("{device}: to another host{taker}")
+        }
         EventKind::Lagged { missed } => format!("{missed} events are missing here"),
         EventKind::Other { data, .. } => data.to_string(),
     };

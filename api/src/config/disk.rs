@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::check::{check_id, check_path, check_queue_size, check_queues, check_slot};
 use super::patch::{Patch, apply, set};
-use super::{default_queue_size, one_queue};
+use super::{ReservationConfig, default_queue_size, one_queue};
 use crate::problem::{Pointer, Problem};
 
 /// A virtio-blk disk.
@@ -46,6 +46,14 @@ pub struct DiskConfig {
     /// When a write counts as done.
     #[serde(default)]
     pub cache: CacheMode,
+    /// The world-wide identifier of the LUN, as sysfs, `scsi_id`, multipath or the array write it (`naa.6001…`, `36001…`,
+    /// `0x6001…`): any other LUN is refused before a byte moves. Default: whatever is found at `path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 255)]
+    pub wwid: Option<String>,
+    /// Keep other hosts from writing the LUN. Not for read-only disks. Default: they are not kept from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation: Option<ReservationConfig>,
 }
 
 /// When a write to a disk counts as done.
@@ -72,7 +80,25 @@ impl DiskConfig {
             serial: None,
             slot: None,
             cache: CacheMode::default(),
+            wwid: None,
+            reservation: None,
         }
+    }
+
+    /// What the disk says about which LUN it is and who may write it.
+    fn check_claim(&self, at: &Pointer) -> Result<(), Problem> {
+        let printable =
+            |wwid: &String| (1..=255).contains(&wwid.len()) && wwid.bytes().all(|b| (0x20..0x7f).contains(&b));
+        if self.wwid.as_ref().is_some_and(|wwid| !printable(wwid)) {
+            let detail = "this world-wide identifier is not possible";
+            let remedy = "use 1 to 255 bytes of printable ASCII, as in /sys/block/*/device/wwid";
+            return Err(Problem::invalid(&at.key("wwid"), detail, remedy));
+        }
+        if self.read_only && self.reservation.is_some() {
+            let detail = "a read-only disk needs no reservation";
+            return Err(Problem::invalid(&at.key("reservation"), detail, "leave it out, or let the guest write"));
+        }
+        Ok(())
     }
 
     /// Checks what can be told from the disk alone; `at` is where it stands in the document.
@@ -85,6 +111,7 @@ impl DiskConfig {
         check_queues(self.queues, 32, &at.key("queues"))?;
         check_queue_size(self.queue_size, &at.key("queue_size"))?;
         check_slot(self.slot, &at.key("slot"))?;
+        self.check_claim(at)?;
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|b| (0x20..0x7f).contains(&b)) => {
                 Err(Problem::invalid(
@@ -136,6 +163,14 @@ pub struct DiskPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<CacheMode>)]
     pub cache: Patch<CacheMode>,
+    /// Another `wwid`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<String>)]
+    pub wwid: Patch<String>,
+    /// Another `reservation`, as a whole; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<ReservationConfig>)]
+    pub reservation: Patch<ReservationConfig>,
 }
 
 impl DiskPatch {
@@ -160,6 +195,8 @@ impl DiskPatch {
             serial: apply(&self.serial, &disk.serial),
             slot: apply(&self.slot, &disk.slot),
             cache: set(self.cache, disk.cache, fresh.cache),
+            wwid: apply(&self.wwid, &disk.wwid),
+            reservation: apply(&self.reservation, &disk.reservation),
         })
     }
 }

@@ -13,6 +13,7 @@ mod memory;
 mod nic;
 mod parse;
 mod patch;
+mod reservation;
 mod serial;
 mod slots;
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
 pub use nic::{Link, NicConfig, NicPatch};
 pub use parse::json;
 pub use patch::Patch;
+pub use reservation::{BadKey, ReservationConfig, ReservationKey};
 pub use serial::{SerialConfig, SerialMode};
 pub use slots::{RNG_ID, slot_assignment};
 

@@ -123,6 +123,31 @@ fn a_disk_image_is_shared_only_by_readers() {
 }
 
 #[test]
+fn a_lun_is_named_in_printable_ascii_and_reserved_only_to_be_written() {
+    let refused = |disk: DiskConfig| disk.check(&Pointer::root()).unwrap_err().pointer;
+    let with_wwid = |wwid: &str| DiskConfig { wwid: Some(wwid.into()), ..DiskConfig::new("d", "p") };
+    for wwid in ["", "naa.\u{e4}", "a\n", &"6".repeat(256)] {
+        assert_eq!(refused(with_wwid(wwid)).as_deref(), Some("/wwid"), "{wwid:?}");
+    }
+    with_wwid("naa.6001405a1b2c3d4e").check(&Pointer::root()).unwrap();
+    let document = br#"{"id":"d","path":"p","reservation":{"key":"0x1A2B"}}"#;
+    let disk: DiskConfig = json(document).unwrap();
+    let reservation = disk.reservation.unwrap();
+    assert_eq!((reservation.key.0.get(), reservation.preempt), (0x1a2b, false));
+    disk.check(&Pointer::root()).unwrap();
+    assert_eq!(refused(DiskConfig { read_only: true, ..disk.clone() }).as_deref(), Some("/reservation"));
+    let patch: DiskPatch = json(br#"{"reservation":{"key":"0x1a2b","preempt":true},"wwid":"naa.5"}"#).unwrap();
+    let patched = patch.apply(&disk).unwrap();
+    assert!(patched.reservation.unwrap().preempt && patched.wwid.as_deref() == Some("naa.5"));
+    let unset: DiskPatch = json(br#"{"reservation":null,"wwid":null}"#).unwrap();
+    assert_eq!(unset.apply(&patched).unwrap(), DiskConfig::new("d", "p"));
+    for bad in [r#"{"key":"1a2b"}"#, r#"{"key":6699}"#, r#"{"preempt":true}"#, r#"{"key":"0x1","type":5}"#, "true"] {
+        let document = format!(r#"{{"id":"d","path":"p","reservation":{bad}}}"#);
+        assert!(json::<DiskConfig>(document.as_bytes()).is_err(), "{bad}");
+    }
+}
+
+#[test]
 fn memory_is_bounded_and_aligned_to_its_pages() {
     let mut config = with_devices(0, 0);
     for (size, pages, fits) in [

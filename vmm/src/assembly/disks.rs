@@ -1,7 +1,7 @@
 //! virtio-blk devices.
 
 use rackvisor_api::config::{CacheMode, DiskConfig};
-use rackvisor_devices::block::{BlockOptions, VirtioBlock};
+use rackvisor_devices::block::{BlockOptions, ReservationOptions, VirtioBlock};
 
 use super::{AssemblyError, Host, LiveDisk};
 
@@ -20,8 +20,8 @@ pub fn open(config: &DiskConfig, host: &Host) -> Result<(VirtioBlock, LiveDisk),
         block_size: None,
         serial: config.serial.clone(),
         writeback: config.cache == CacheMode::Writeback,
-        wwid: None,
-        reservation: None,
+        wwid: config.wwid.clone(),
+        reservation: config.reservation.map(|wanted| ReservationOptions { key: wanted.key.0, preempt: wanted.preempt }),
     };
     let device = VirtioBlock::new(options, &*host.spawner, host.notifier.clone())
         .map_err(|source| AssemblyError::Disk { id: config.id.clone(), source })?;

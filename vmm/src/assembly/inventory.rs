@@ -174,13 +174,14 @@ impl Inventory {
         &self.transports
     }
 
-    /// Makes everything that was written to the disks stable. May wait for a disk.
+    /// Makes everything that was written to the disks stable, then gives their reservations up. May wait for a disk.
     #[must_use]
     pub fn flush_disks(&self) -> Vec<String> {
-        let failure = |(id, disk): &(String, LiveDisk)| {
-            let error = disk.handle.flush().err()?;
-            Some(format!("disk \"{id}\": the last flush failed: {error}"))
+        let failures = |(id, disk): &(String, LiveDisk)| {
+            let flush = disk.handle.flush().err().map(|e| format!("disk \"{id}\": the last flush failed: {e}"));
+            let release = disk.handle.release_reservation().err();
+            [flush, release.map(|e| format!("disk \"{id}\": its reservation is left behind: {e}"))]
         };
-        self.disks.iter().filter_map(failure).collect()
+        self.disks.iter().flat_map(failures).flatten().collect()
     }
 }

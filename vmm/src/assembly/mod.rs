@@ -125,6 +125,9 @@ impl From<AssemblyError> for Problem {
             AssemblyError::Disk { source: BlockError::Locked { .. }, .. }
             | AssemblyError::Tap { source: TapError::Busy(_), .. }
             | AssemblyError::Console(ConsoleError::InUse { .. }) => (Code::InUse, "end whoever uses it"),
+            AssemblyError::Disk { source: BlockError::Reservation(taken), .. } if taken.is_by_others() => {
+                (Code::InUse, "end what the other host runs on it, or set reservation.preempt of the disk")
+            }
             AssemblyError::Disk { .. }
             | AssemblyError::Nic { .. }
             | AssemblyError::Tap { .. }

@@ -9,10 +9,11 @@
 //! While an operation is under way, requests that would change the VM wait in line; descriptions are answered at once.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rackvisor_api::config::{OnReboot, VmConfig};
+use rackvisor_api::config::{OnReboot, ReservationKey, VmConfig};
 use rackvisor_api::control::{Reply, Request, Response};
 use rackvisor_api::events::{EventKind, EventLog};
 use rackvisor_api::problem::{Code, Problem};
@@ -44,6 +45,8 @@ pub struct Controller {
     waiting: VecDeque<(Request, Reply)>,
     /// What the guest asked for while an operation was under way.
     guest_wants: Option<VcpuEvent>,
+    /// Why the guest has to end, as soon as the operation under way is over.
+    condemned: Option<String>,
     generation: Generation,
     pub(super) booted: Option<Instant>,
     pub(super) resets: u64,
@@ -77,6 +80,7 @@ impl Controller {
             lifetime,
             failure: None,
             guest_wants: None,
+            condemned: None,
             state: VmState::Undefined,
             cause: None,
             config: None,
@@ -144,6 +148,10 @@ impl Controller {
         while self.operation.is_none() && !self.ended {
             if self.terminating {
                 self.end_everything();
+                continue;
+            }
+            if let Some(cause) = self.condemned.take() {
+                self.guest_ends(GuestEvent::Crash, &cause);
                 continue;
             }
             if let Some(event) = self.guest_wants.take() {
@@ -222,6 +230,7 @@ impl Controller {
     fn boot(&mut self, reply: Reply) {
         let Some(config) = self.config.clone() else { return reply.send(Err(Problem::vm_undefined())) };
         self.generation += 1;
+        self.condemned = None;
         let (generation, mailbox) = (self.generation, self.mailbox.clone());
         let host = Host {
             spawner: Arc::clone(&self.spawner),
@@ -371,6 +380,7 @@ impl Controller {
         // Whatever its threads still have to say is about a machine that is gone.
         self.generation += 1;
         self.guest_wants = None;
+        self.condemned = None;
         // Whoever describes devices now sees configuration only; the job must have the last hold of guest RAM.
         self.inventory = None;
         self.metrics.replace(Vec::new());
@@ -387,7 +397,7 @@ impl Controller {
         let Some(Operation::Dismantle { ending, reply }) = self.operation.take() else { return };
         self.booted = None;
         if let Err(detail) = &flushed {
-            tracing::error!(vm = self.name(), detail, "the last flush of a disk failed");
+            tracing::error!(vm = self.name(), detail, "a disk was not closed cleanly");
             self.publish(EventKind::DeviceError { device: "disks".into(), detail: detail.clone() });
         }
         if let (VmState::Crashed, Some(cause)) = (ending.to, &ending.cause) {
@@ -463,6 +473,11 @@ impl Controller {
             DeviceEvent::BackendLost { reason } => {
                 self.publish(EventKind::DeviceError { device, detail: reason });
             }
+            DeviceEvent::ReservationLost { holder } => {
+                self.condemned = Some(taken(&device, holder));
+                let holder = holder.and_then(NonZeroU64::new).map(ReservationKey);
+                self.publish(EventKind::ReservationLost { device, holder });
+            }
             other => tracing::warn!(device, event = ?other, "an event that has no name in the API"),
         }
     }
@@ -496,6 +511,12 @@ impl Controller {
     fn name(&self) -> &str {
         self.config.as_ref().map_or("", |config| &config.name)
     }
+}
+
+/// Why a guest whose disk `device` was taken away ends.
+fn taken(device: &str, holder: Option<u64>) -> String {
+    let by = holder.map(|key| format!(" (key {key:#x})")).unwrap_or_default();
+    format!("disk \"{device}\": another host{by} took the reservation")
 }
 
 fn shutting_down() -> Problem {

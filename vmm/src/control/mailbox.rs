@@ -141,8 +141,9 @@ struct Notifier {
 
 impl DeviceNotifier for Notifier {
     fn notify(&self, device: &str, event: DeviceEvent) {
-        // Operations wait for this one, and each is the answer to a stop: there are never many.
-        let limit = if event == DeviceEvent::Drained { usize::MAX } else { MAX_DEVICE_EVENTS };
+        // Operations wait for the first, and each is the answer to a stop; the second ends the VM: there are never many.
+        let vital = matches!(event, DeviceEvent::Drained | DeviceEvent::ReservationLost { .. });
+        let limit = if vital { usize::MAX } else { MAX_DEVICE_EVENTS };
         let Some(place) = Place::take(&self.taken, limit) else {
             if !self.overflowing.swap(true, Ordering::Relaxed) {
                 tracing::warn!(device, ?event, "too many device events at once: some are dropped");

@@ -154,6 +154,14 @@ pub enum ReservationError {
     },
 }
 
+impl ReservationError {
+    /// Whether other hosts are in the way, rather than something that does not work.
+    #[must_use]
+    pub fn is_by_others(&self) -> bool {
+        matches!(self, Self::Held { .. } | Self::Registered { .. } | Self::Taken { .. })
+    }
+}
+
 struct Keys<'a>(&'a [u64]);
 
 impl fmt::Display for Keys<'_> {

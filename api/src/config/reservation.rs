@@ -1,0 +1,117 @@
+//! Reservations of LUNs.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::num::NonZeroU64;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
+
+/// Keeps other hosts from writing a LUN while the VM runs, by a SCSI-3 persistent reservation (*write exclusive, registrants
+/// only*). The VM does not boot while another host has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReservationConfig {
+    /// The key of this host. No other host that reaches the LUN may have the same; with dm-multipath, multipathd's
+    /// `reservation_key` has to be the same.
+    pub key: ReservationKey,
+    /// Take the LUN away from the host that has it, for a fail-over: what that host runs on it ends.
+    #[serde(default)]
+    #[schema(default = false)]
+    pub preempt: bool,
+}
+
+/// A key of persistent reservations: 64 bits, not zero. Reads and prints `0x1a2b`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ReservationKey(pub NonZeroU64);
+
+/// A text that is no key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadKey;
+
+impl fmt::Display for BadKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a reservation key: write 0x and 1 to 16 hexadecimal digits, not all of them 0")
+    }
+}
+
+impl std::error::Error for BadKey {}
+
+impl FromStr for ReservationKey {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<Self, BadKey> {
+        let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).ok_or(BadKey)?;
+        if !(1..=16).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(BadKey);
+        }
+        u64::from_str_radix(digits, 16).ok().and_then(NonZeroU64::new).map(Self).ok_or(BadKey)
+    }
+}
+
+impl fmt::Display for ReservationKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("{:#x}", self.0))
+    }
+}
+
+impl fmt::Debug for ReservationKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReservationKey({self})")
+    }
+}
+
+impl Serialize for ReservationKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ReservationKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Cow::<'de, str>::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl PartialSchema for ReservationKey {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .pattern(Some("^0[xX][0-9A-Fa-f]{1,16}$"))
+            .examples(["0x1a2b"])
+            .description(Some("A key of persistent reservations: 64 bits, not zero."))
+            .into()
+    }
+}
+
+impl ToSchema for ReservationKey {
+    fn name() -> Cow<'static, str> {
+        "ReservationKey".into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_reads_back_what_it_prints() {
+        for (text, key) in [("0x1", 1), ("0X00AbC", 0xabc), ("0xffffffffffffffff", u64::MAX)] {
+            let read: ReservationKey = text.parse().unwrap();
+            assert_eq!(read.0.get(), key);
+            assert_eq!(read.to_string().parse(), Ok(read));
+        }
+    }
+
+    #[test]
+    fn what_is_no_key_is_refused() {
+        for text in
+            ["", "0x", "1a2b", "0x0", "0x0000000000000000", "0x10000000000000000", "0x+1", "0xg", "-0x1", "0x1 ", "0xé"]
+        {
+            assert_eq!(text.parse::<ReservationKey>(), Err(BadKey), "{text:?}");
+        }
+    }
+}
