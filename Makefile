@@ -1,7 +1,7 @@
 # The everyday commands. Each does its own set-up: as root on Debian nothing but Rust must be there before.
 CARGO ?= cargo
 
-.PHONY: help demo test lint fmt clippy docs guest bench-boot bench-memory
+.PHONY: help demo test lint fmt clippy docs guest bench-block bench-boot bench-memory
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,6 +25,9 @@ docs:
 
 guest: ## the test guest, in out/guest
 	@resources/guest/build
+
+bench-block: ## disks, side by side with other VMMs
+	@benches/block
 
 bench-boot: ## boot time and memory, side by side with other VMMs
 	@benches/boot

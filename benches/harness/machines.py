@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 
 RAM_MIB = 512
@@ -16,12 +17,15 @@ MAC = "52:54:00:00:00:01"
 class Guest:
     """A kernel, an initrd, a disk and perhaps a tap: the same for every machine."""
 
-    def __init__(self, kernel, initrd, disk, mode, tap=None, cmdline="", ram_mib=RAM_MIB, memory=None):
+    def __init__(self, kernel, initrd, disk, mode, tap=None, cmdline="", ram_mib=RAM_MIB, memory=None, cpus=1, queues=1):
         self.kernel = kernel
         self.initrd = initrd
         self.disk = disk
         self.tap = tap
         self.ram_mib = ram_mib
+        self.cpus = cpus
+        # of the disk
+        self.queues = queues
         # Rackvisor's own memory settings, for benches/memory
         self.memory = memory or {}
         self.cmdline = " ".join(filter(None, [CMDLINE, f"rv.mode={mode}", cmdline]))
@@ -30,18 +34,19 @@ class Guest:
 class Rackvisor:
     """As a host agent starts it: with its API socket, the serial port on standard output."""
 
-    name = "rackvisor"
     kernels = ("vmlinux", "vmlinuz")
 
-    def __init__(self, program):
+    def __init__(self, program, name="rackvisor"):
         self.program = program
+        self.name = name
 
     def command(self, guest, folder):
         config = {
             "name": "bench",
+            "cpus": {"count": guest.cpus},
             "memory": {"size": f"{guest.ram_mib}MiB", **guest.memory},
             "boot": {"kernel": guest.kernel, "initrd": guest.initrd, "cmdline": guest.cmdline},
-            "disks": [{"id": "disk0", "path": guest.disk}],
+            "disks": [{"id": "disk0", "path": guest.disk, "queues": guest.queues}],
             "serial": {"mode": "stdio"},
         }
         if guest.tap:
@@ -79,6 +84,26 @@ class QemuMicrovm:
         return command
 
 
+class QemuQ35:
+    """QEMU's machine for datacenters, with a thread for its disk, io_uring, and the host's page cache passed by. The disk is a
+    block device."""
+
+    name = "qemu-q35"
+    kernels = ("vmlinux", "vmlinuz")
+
+    def __init__(self, program):
+        self.program = program
+
+    def command(self, guest, folder):
+        del folder
+        command = [self.program, "-M", "q35,accel=kvm", "-cpu", "host", "-smp", str(guest.cpus), "-m", f"{guest.ram_mib}M"]
+        command += ["-no-user-config", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]
+        command += ["-kernel", guest.kernel, "-initrd", guest.initrd, "-append", guest.cmdline]
+        disk = f"driver=host_device,filename={guest.disk},node-name=disk0,aio=io_uring,cache.direct=on"
+        command += ["-object", "iothread,id=disk0", "-blockdev", disk]
+        return [*command, "-device", f"virtio-blk-pci,drive=disk0,iothread=disk0,num-queues={guest.queues}"]
+
+
 class QemuTuned(QemuMicrovm):
     """The fastest settings found for microvm with this kernel: qboot for SeaBIOS and no option ROMs. `pit=off`, `pic=off` and
     `rtc=off`, which the manual proposes too, cost Debian's kernel seconds here, and its serial port the interrupt."""
@@ -113,9 +138,15 @@ class Firecracker:
                 "boot_args": f"{guest.cmdline} reboot=k i8042.noaux i8042.nomux i8042.dumbkbd",
             },
             "drives": [
-                {"drive_id": "disk0", "path_on_host": guest.disk, "is_root_device": False, "is_read_only": False}
+                {
+                    "drive_id": "disk0",
+                    "path_on_host": guest.disk,
+                    "is_root_device": False,
+                    "is_read_only": False,
+                    "io_engine": "Async" if stat.S_ISBLK(os.stat(guest.disk).st_mode) else "Sync",
+                }
             ],
-            "machine-config": {"vcpu_count": 1, "mem_size_mib": guest.ram_mib},
+            "machine-config": {"vcpu_count": guest.cpus, "mem_size_mib": guest.ram_mib},
             "entropy": {},
         }
         if guest.tap:
@@ -135,12 +166,17 @@ class CloudHypervisor:
 
     def command(self, guest, folder):
         command = [self.program, "--api-socket", f"path={os.path.join(folder, 'ch.sock')}"]
-        command += ["--cpus", "boot=1", "--memory", f"size={guest.ram_mib}M"]
+        command += ["--cpus", f"boot={guest.cpus}", "--memory", f"size={guest.ram_mib}M"]
         command += ["--kernel", guest.kernel, "--initramfs", guest.initrd, "--cmdline", guest.cmdline]
-        command += ["--disk", f"path={guest.disk}", "--serial", "tty", "--console", "off"]
+        command += ["--disk", self.disk(guest), "--serial", "tty", "--console", "off"]
         if guest.tap:
             command += ["--net", f"tap={guest.tap},mac={MAC}"]
         return command
+
+    @staticmethod
+    def disk(guest):
+        device = stat.S_ISBLK(os.stat(guest.disk).st_mode)
+        return f"path={guest.disk}" + (f",direct=on,num_queues={guest.queues}" if device else "")
 
 
 def write(folder, name, config):
@@ -152,8 +188,16 @@ def write(folder, name, config):
 
 def peers():
     """The machines beside Rackvisor: QEMU always, the others when their variables name a program."""
-    qemu = shutil.which(os.environ.get("QEMU", "qemu-system-x86_64")) or "qemu-system-x86_64"
-    found = [QemuMicrovm(qemu), QemuTuned(qemu), QemuBare(qemu)]
+    return [QemuMicrovm(qemu()), QemuTuned(qemu()), QemuBare(qemu()), *others()]
+
+
+def qemu():
+    return shutil.which(os.environ.get("QEMU", "qemu-system-x86_64")) or "qemu-system-x86_64"
+
+
+def others():
+    """The machines whose variables name a program."""
+    found = []
     for variable, kind in (("FIRECRACKER", Firecracker), ("CLOUD_HYPERVISOR", CloudHypervisor)):
         program = os.environ.get(variable)
         if program:
