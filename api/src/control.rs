@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use utoipa::ToSchema;
 
-use crate::config::{DiskConfig, DiskPatch, Link, NicConfig, NicPatch, VmConfig};
+use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, Link, NicConfig, NicPatch, VmConfig};
 use crate::events::EventLog;
 use crate::problem::{Code, Problem};
 use crate::state::{Action, RequestKind, VmState};
@@ -39,6 +39,12 @@ pub enum Request {
     PatchDisk(String, Box<DiskPatch>),
     /// Remove a disk. Answer: [`Response::Deleted`].
     DeleteDisk(String),
+    /// Answer: [`Response::DiskGroups`], in configuration order.
+    ListDiskGroups,
+    /// Answer: [`Response::DiskGroup`].
+    GetDiskGroup(String),
+    /// Change a group of disks. Answer: [`Response::DiskGroup`].
+    PatchDiskGroup(String, Box<DiskGroupPatch>),
     /// Answer: [`Response::Nics`], in configuration order.
     ListNics,
     /// Answer: [`Response::Nic`].
@@ -56,14 +62,18 @@ impl Request {
     /// The row of the state table that decides this request.
     pub fn kind(&self) -> RequestKind {
         match self {
-            Self::Describe | Self::ListDisks | Self::GetDisk(_) | Self::ListNics | Self::GetNic(_) => {
-                RequestKind::Query
-            }
+            Self::Describe
+            | Self::ListDisks
+            | Self::GetDisk(_)
+            | Self::ListDiskGroups
+            | Self::GetDiskGroup(_)
+            | Self::ListNics
+            | Self::GetNic(_) => RequestKind::Query,
             Self::Define(_) => RequestKind::Define,
             Self::Forget => RequestKind::Forget,
             Self::Act(action) => RequestKind::Act(*action),
             Self::PutDisk(_) | Self::DeleteDisk(_) | Self::PutNic(_) | Self::DeleteNic(_) => RequestKind::EditDevices,
-            Self::PatchDisk(..) | Self::PatchNic(..) => RequestKind::PatchDevice,
+            Self::PatchDisk(..) | Self::PatchDiskGroup(..) | Self::PatchNic(..) => RequestKind::PatchDevice,
         }
     }
 }
@@ -81,6 +91,10 @@ pub enum Response {
     Disk(Box<DiskInfo>),
     /// One disk, which did not exist before.
     DiskCreated(Box<DiskInfo>),
+    /// All groups of disks.
+    DiskGroups(Vec<DiskGroup>),
+    /// One group of disks as it is now.
+    DiskGroup(Box<DiskGroup>),
     /// All NICs.
     Nics(Vec<NicInfo>),
     /// One NIC as it is now.
@@ -99,6 +113,9 @@ pub struct VmInfo {
     /// Why the VM is in this state, where that is not by request: the cause of a crash, `guest power-off`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
+    /// What a request that takes longer waits for: `pause: still busy: 3 requests, oldest 41000 ms on root`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<String>,
     /// Milliseconds since the guest was booted (resets do not count), while it exists.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uptime_ms: Option<u64>,
@@ -151,6 +168,39 @@ pub struct DiskInfo {
     /// Bytes of a physical block, once the disk is open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub physical_block_size: Option<u32>,
+    /// Where the first physical block begins, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alignment_offset: Option<u32>,
+    /// The smallest request that the disk likes, in bytes; 0 where it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_io: Option<u32>,
+    /// The request size that the disk likes best, in bytes; 0 where it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub opt_io: Option<u32>,
+    /// Whether seeks are slow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotational: Option<bool>,
+    /// The most bytes that are discarded at once, once the disk is open; 0 where it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discard_max: Option<u64>,
+    /// The most bytes that are zeroed at once, once the disk is open; 0 where it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_zeroes_max: Option<u64>,
+    /// The serial number that the guest reads, once the disk is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Requests that are outstanding now.
+    #[serde(default)]
+    pub in_flight: u32,
+    /// Milliseconds that the oldest of them has been.
+    #[serde(default)]
+    pub oldest_request_ms: u64,
+    /// Whether that is longer than `stall_after`.
+    #[serde(default)]
+    pub stalled: bool,
+    /// Failed requests that are kept until the VM is resumed (`on_error`).
+    #[serde(default)]
+    pub held: u32,
     /// What it did since the VM was booted.
     pub counters: DiskCounters,
     /// The configuration, with all defaults filled in.

@@ -62,6 +62,39 @@ pub enum EventKind {
         /// What went wrong.
         detail: String,
     },
+    /// The host reported an I/O error on a disk.
+    DiskError {
+        /// The id of the disk.
+        device: String,
+        /// `read`, `write`, `flush`, `discard` or `write_zeroes`.
+        operation: String,
+        /// The first sector of the request, in units of 512 bytes.
+        sector: u64,
+        /// Its length in bytes.
+        bytes: u64,
+        /// The host's errno.
+        errno: i32,
+        /// What that means.
+        detail: String,
+        /// What became of the request.
+        action: ErrorAction,
+    },
+    /// A request to a disk is outstanding for longer than its `stall_after`.
+    DiskStalled {
+        /// The id of the disk.
+        device: String,
+        /// How many requests are outstanding.
+        requests: u32,
+        /// Milliseconds that the oldest has been.
+        oldest_ms: u64,
+    },
+    /// No request to the disk is outstanding for that long any more.
+    DiskRecovered {
+        /// The id of the disk.
+        device: String,
+        /// Milliseconds since the `disk-stalled` event.
+        stalled_ms: u64,
+    },
     /// A disk has another size.
     DiskResized {
         /// The id of the disk.
@@ -100,6 +133,16 @@ pub enum EventKind {
     },
 }
 
+/// What became of a request that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorAction {
+    /// The guest was told.
+    Reported,
+    /// It is kept, and the VM stands still until it is resumed.
+    Stopped,
+}
+
 impl EventKind {
     /// The kebab-case name: the `event:` field of the stream.
     pub fn name(&self) -> &str {
@@ -109,6 +152,9 @@ impl EventKind {
             Self::GuestShutdown => "guest-shutdown",
             Self::Crashed { .. } => "crashed",
             Self::DeviceError { .. } => "device-error",
+            Self::DiskError { .. } => "disk-error",
+            Self::DiskStalled { .. } => "disk-stalled",
+            Self::DiskRecovered { .. } => "disk-recovered",
             Self::DiskResized { .. } => "disk-resized",
             Self::LinkChanged { .. } => "link-changed",
             Self::ReservationLost { .. } => "reservation-lost",
@@ -339,6 +385,17 @@ mod tests {
             EventKind::GuestShutdown,
             EventKind::Crashed { cause: "triple fault".into() },
             EventKind::DeviceError { device: "root".into(), detail: "EIO".into() },
+            EventKind::DiskError {
+                device: "root".into(),
+                operation: "write".into(),
+                sector: 2048,
+                bytes: 4096,
+                errno: 28,
+                detail: "No space left on device".into(),
+                action: ErrorAction::Stopped,
+            },
+            EventKind::DiskStalled { device: "root".into(), requests: 3, oldest_ms: 41_000 },
+            EventKind::DiskRecovered { device: "root".into(), stalled_ms: 11_000 },
             EventKind::DiskResized { device: "root".into(), capacity: 1 << 40 },
             EventKind::LinkChanged { device: "net0".into(), link: Link::Down },
             EventKind::ReservationLost { device: "root".into(), holder: "0x1a2b".parse().ok() },

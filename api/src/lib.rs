@@ -12,6 +12,7 @@ pub mod events;
 pub mod problem;
 pub mod server;
 pub mod size;
+pub mod span;
 pub mod state;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -63,6 +63,8 @@ codes! {
     VmUndefined = "vm-undefined", 404, "No VM is defined";
     /// The VM has no disk with this id.
     NoSuchDisk = "no-such-disk", 404, "No such disk";
+    /// The VM has no group of disks with this id.
+    NoSuchDiskGroup = "no-such-disk-group", 404, "No such group of disks";
     /// The VM has no NIC with this id.
     NoSuchNic = "no-such-nic", 404, "No such NIC";
     /// The path exists, the method does not apply to it; `Allow` lists those that do.
@@ -214,6 +216,15 @@ impl Problem {
             Code::NoSuchDisk,
             format!("the VM has no disk \"{id}\""),
             "GET /v1/vm/disks (rackctl disk list) lists the disks",
+        )
+    }
+
+    /// The answer when `id` names no group of disks.
+    pub fn no_such_disk_group(id: &str) -> Self {
+        Self::new(
+            Code::NoSuchDiskGroup,
+            format!("the VM has no group of disks \"{id}\""),
+            "GET /v1/vm/disk-groups (rackctl group list) lists them; PUT /v1/vm defines them",
         )
     }
 

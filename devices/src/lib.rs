@@ -68,12 +68,25 @@ impl ThreadSpawner for PlainThreads {
 pub enum DeviceEvent {
     /// A `stop` that answered "still busy" has drained: asking again will succeed.
     Drained,
-    /// An I/O error that was reported to the guest.
+    /// The host reported an I/O error on a disk.
     IoError {
-        /// What was being done, for the operator: `"read of 8 sectors at 2048"`.
-        operation: String,
+        /// What was being done: `read`, `write`, `flush`, `discard` or `write_zeroes`.
+        operation: &'static str,
+        /// First byte on the disk.
+        offset: u64,
+        /// Number of bytes.
+        bytes: u64,
         /// The host's errno.
         errno: i32,
+        /// The guest was not told: the request is kept, and the queue stands still until the device is stopped and started.
+        held: bool,
+    },
+    /// A disk shrank under the guest, which goes on with the old size.
+    Shrunk {
+        /// Size that the guest sees, in bytes.
+        from: u64,
+        /// Size that the disk has, in bytes.
+        to: u64,
     },
     /// The device's capacity changed, to this many bytes.
     Resized {

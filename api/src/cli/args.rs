@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use rackvisor_api::config::{CacheMode, Link, MacAddr, ReservationKey};
+use rackvisor_api::config::{CacheMode, CpuList, Link, MacAddr, OnError, ReservationKey};
+use rackvisor_api::size::ByteSize;
+use rackvisor_api::span::Span;
 use rackvisor_api::state::VmState;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -78,6 +80,9 @@ pub enum Command {
     /// List, show and change disks
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// List groups of disks that share limits, and change their limits
+    #[command(subcommand)]
+    Group(GroupCommand),
     /// List, show and change network interfaces
     #[command(subcommand)]
     Nic(NicCommand),
@@ -139,7 +144,7 @@ pub enum DiskCommand {
         #[command(flatten)]
         options: DiskOptions,
         /// Put a property back to its default (may be given several times)
-        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "queue_size", "direct", "serial", "slot", "cache", "wwid", "reservation"])]
+        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "queue_size", "direct", "serial", "slot", "cache", "wwid", "reservation", "on_error", "stall_after", "limits", "group", "affinity"])]
         unset: Vec<String>,
     },
     /// Remove a disk; what is on it stays
@@ -182,6 +187,53 @@ pub struct DiskOptions {
     /// Take the LUN away from the host that has it
     #[arg(long, requires = "reservation")]
     pub preempt: bool,
+    /// What happens when the host reports an I/O error
+    #[arg(long, value_parser = one_of::<OnError>(&["report", "stop", "enospc"]))]
+    pub on_error: Option<OnError>,
+    /// How long a request may take before an event says so, such as 30s
+    #[arg(long, value_name = "TIME")]
+    pub stall_after: Option<Span>,
+    /// Limits per second
+    #[command(flatten)]
+    pub limits: LimitOptions,
+    /// The group whose limits the disk shares
+    #[arg(long)]
+    pub group: Option<String>,
+    /// Host CPUs of the worker threads, such as 0-3,8: one list for all queues, or one for each
+    #[arg(long, value_name = "CPUS")]
+    pub affinity: Vec<CpuList>,
+}
+
+/// Limits on what a disk, or a group of disks, may do. 0 takes a limit away.
+#[derive(Debug, Args)]
+pub struct LimitOptions {
+    /// Requests per second
+    #[arg(long, value_name = "N")]
+    pub ops: Option<u64>,
+    /// Requests that may come at once after a pause
+    #[arg(long, value_name = "N")]
+    pub ops_burst: Option<u64>,
+    /// Bytes per second, such as 100MiB
+    #[arg(long, value_name = "SIZE")]
+    pub bytes: Option<ByteSize>,
+    /// Bytes that may come at once after a pause
+    #[arg(long, value_name = "SIZE")]
+    pub bytes_burst: Option<ByteSize>,
+}
+
+/// What to do with groups of disks that share limits. They are defined with the VM.
+#[derive(Debug, Subcommand)]
+pub enum GroupCommand {
+    /// List the groups
+    List,
+    /// Change the limits of a group, also while the guest runs
+    Patch {
+        /// The id of the group
+        id: String,
+        /// Its limits
+        #[command(flatten)]
+        limits: LimitOptions,
+    },
 }
 
 /// What to do with network interfaces.

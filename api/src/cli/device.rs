@@ -1,9 +1,12 @@
-//! `rackctl disk …` and `rackctl nic …`.
+//! `rackctl disk …`, `rackctl group …` and `rackctl nic …`.
 
 use rackvisor_api::client::Client;
-use rackvisor_api::config::{DiskConfig, DiskPatch, NicConfig, NicPatch, Patch, ReservationConfig};
+use rackvisor_api::config::{
+    DiskConfig, DiskGroupPatch, DiskPatch, LimitsPatch, NicConfig, NicPatch, Patch, ReservationConfig,
+};
+use rackvisor_api::size::ByteSize;
 
-use crate::args::{DiskCommand, DiskOptions, NicCommand, NicOptions};
+use crate::args::{DiskCommand, DiskOptions, GroupCommand, LimitOptions, NicCommand, NicOptions};
 use crate::output::{Failure, Output};
 use crate::tables;
 
@@ -23,6 +26,17 @@ pub fn disk(client: &Client, output: &Output, command: &DiskCommand) -> Result<(
         DiskCommand::Remove { id } => {
             client.delete_disk(id)?;
             output.done(&format!("disk {id} is removed"))
+        }
+    }
+}
+
+/// Runs a command about groups of disks.
+pub fn group(client: &Client, output: &Output, command: &GroupCommand) -> Result<(), Failure> {
+    match command {
+        GroupCommand::List => output.value(&client.disk_groups()?, tables::groups),
+        GroupCommand::Patch { id, limits } => {
+            let patch = DiskGroupPatch { limits: limits_patch(limits, &[]) };
+            output.value(&client.patch_disk_group(id, &patch)?, tables::group)
         }
     }
 }
@@ -73,7 +87,27 @@ fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
         cache: property(&options.cache, "cache", unset),
         wwid: property(&options.wwid, "wwid", unset),
         reservation: property(&reservation, "reservation", unset),
+        on_error: property(&options.on_error, "on_error", unset),
+        stall_after: property(&options.stall_after, "stall_after", unset),
+        limits: limits_patch(&options.limits, unset),
+        group: property(&options.group, "group", unset),
+        affinity: property(&(!options.affinity.is_empty()).then(|| options.affinity.clone()), "affinity", unset),
     }
+}
+
+/// 0 takes a limit away.
+fn limits_patch(options: &LimitOptions, unset: &[String]) -> Patch<LimitsPatch> {
+    fn limit<T: Copy + Default + PartialEq>(value: Option<T>) -> Patch<T> {
+        value.map_or(Patch::Keep, |value| if value == T::default() { Patch::Clear } else { Patch::Set(value) })
+    }
+    let patch = LimitsPatch {
+        ops_per_second: limit(options.ops),
+        ops_burst: limit(options.ops_burst),
+        bytes_per_second: limit::<ByteSize>(options.bytes),
+        bytes_burst: limit::<ByteSize>(options.bytes_burst),
+    };
+    let given = (patch != LimitsPatch::default()).then_some(patch);
+    property(&given, "limits", unset)
 }
 
 fn nic_patch(options: &NicOptions, unset: &[String]) -> NicPatch {

@@ -50,6 +50,7 @@ pub fn run(cli: &Cli, output: &Output) -> Result<(), Failure> {
             output.done("the VM is forgotten")
         }
         Command::Disk(command) => device::disk(&client, output, command),
+        Command::Group(command) => device::group(&client, output, command),
         Command::Nic(command) => device::nic(&client, output, command),
         Command::Events { follow, after } => {
             // Without a number, following begins with what is kept, like `tail -f` of a file.

@@ -2,7 +2,7 @@
 
 use comfy_table::{Table, presets};
 use rackvisor_api::ByteSize;
-use rackvisor_api::config::{Link, OnReboot, SerialMode, VmConfig};
+use rackvisor_api::config::{DiskGroup, Limits, Link, OnReboot, SerialMode, VmConfig};
 use rackvisor_api::control::{DeviceState, DiskInfo, NicInfo, VmInfo};
 use rackvisor_api::events::{Event, EventKind};
 use serde::Serialize;
@@ -64,6 +64,7 @@ pub fn vm(vm: &VmInfo) -> String {
     facts.add("name", &vm.config.name);
     let cause = vm.cause.as_deref().map(|cause| format!(" ({cause})")).unwrap_or_default();
     facts.add("state", format!("{}{cause}", vm.state));
+    facts.add_some("pending", vm.pending.as_deref());
     facts.add_some("uptime", vm.uptime_ms.map(duration));
     if vm.resets > 0 {
         facts.add("resets", vm.resets.to_string());
@@ -186,17 +187,65 @@ pub fn disk(disk: &DiskInfo) -> String {
     if let (Some(logical), Some(physical)) = (disk.logical_block_size, disk.physical_block_size) {
         facts.add("blocks", format!("{logical} logical, {physical} physical"));
     }
+    if disk.stalled || disk.in_flight > 0 {
+        let stalled = if disk.stalled { ": stalled" } else { "" };
+        facts.add("in flight", format!("{}, oldest {} ms{stalled}", disk.in_flight, disk.oldest_request_ms));
+    }
+    if disk.held > 0 {
+        facts.add("held", format!("{} failed, tried again by resume", disk.held));
+    }
     facts.add("queues", format!("{} of {} entries", config.queues, config.queue_size));
     facts.add("cache", word(&config.cache));
     facts.add_some("direct", config.direct);
-    facts.add_some("serial", config.serial.as_deref());
     facts.add_some("wwid", config.wwid.as_deref());
     facts.add_some("reserved", config.reservation.map(|reservation| format!("with key {}", reservation.key)));
+    facts.add_some("serial", disk.serial.as_deref().or(config.serial.as_deref()));
+    facts.add("on error", word(&config.on_error));
+    facts.add("stall after", config.stall_after.to_string());
+    if !config.limits.is_unlimited() {
+        facts.add("limits", limits(&config.limits));
+    }
+    facts.add_some("group", config.group.as_deref());
+    if !config.affinity.is_empty() {
+        facts.add("affinity", config.affinity.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "));
+    }
     facts.add("reads", format!("{} ({})", counters.reads, about(counters.read_bytes)));
     facts.add("writes", format!("{} ({})", counters.writes, about(counters.written_bytes)));
     facts.add("flushes", counters.flushes.to_string());
     facts.add("discards", counters.discards.to_string());
     facts.add("errors", counters.errors.to_string());
+    facts.text()
+}
+
+/// "1000 ops/s (burst 2000), 100MiB/s".
+fn limits(limits: &Limits) -> String {
+    fn rate<T: ToString>(rate: Option<T>, burst: Option<T>, unit: &str) -> Option<String> {
+        let burst = burst.map_or_else(String::new, |burst| format!(" (burst {})", burst.to_string()));
+        rate.map(|rate| format!("{}{unit}{burst}", rate.to_string()))
+    }
+    let ops = rate(limits.ops_per_second, limits.ops_burst, " ops/s");
+    let bytes = rate(limits.bytes_per_second, limits.bytes_burst, "/s");
+    let parts: Vec<_> = ops.into_iter().chain(bytes).collect();
+    if parts.is_empty() { "none".into() } else { parts.join(", ") }
+}
+
+/// All groups of disks.
+pub fn groups(groups: &Vec<DiskGroup>) -> String {
+    if groups.is_empty() {
+        return "the VM has no groups of disks".into();
+    }
+    let mut table = table(&["ID", "LIMITS"]);
+    for group in groups {
+        table.add_row([group.id.clone(), limits(&group.limits)]);
+    }
+    table.trim_fmt()
+}
+
+/// One group of disks.
+pub fn group(group: &DiskGroup) -> String {
+    let mut facts = Facts::default();
+    facts.add("id", &group.id);
+    facts.add("limits", limits(&group.limits));
     facts.text()
 }
 
@@ -262,6 +311,14 @@ pub fn event(event: &Event) -> String {
             format!("{device}: to another host{taker}")
         }
         EventKind::Lagged { missed } => format!("{missed} events are missing here"),
+        EventKind::DiskError { device, operation, sector, bytes, detail, action, .. } => {
+            let action = word(action);
+            format!("{device}: {operation} of {bytes} bytes at sector {sector}: {} ({action})", printable(detail))
+        }
+        EventKind::DiskStalled { device, requests, oldest_ms } => {
+            format!("{device}: {requests} requests outstanding, oldest {oldest_ms} ms")
+        }
+        EventKind::DiskRecovered { device, stalled_ms } => format!("{device}: after {stalled_ms} ms"),
         EventKind::Other { data, .. } => data.to_string(),
     };
     printable(format!("{}  {:>5}  {}  {:<14} {what}", event.time, event.id, event.vm, event.what.name()).trim_end())

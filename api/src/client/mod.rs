@@ -12,7 +12,7 @@ use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{DiskConfig, DiskPatch, NicConfig, NicPatch, VmConfig};
+use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, NicConfig, NicPatch, VmConfig};
 use crate::control::{DiskInfo, NicInfo, VmInfo};
 use crate::events::EventKind;
 use crate::problem::{Code, Problem};
@@ -177,6 +177,22 @@ impl Client {
     /// `no-such-disk`, `hotplug-unsupported`, or another [`ClientError`].
     pub fn delete_disk(&self, id: &str) -> Result<()> {
         self.delete(&disk_path(id))
+    }
+
+    /// `GET /v1/vm/disk-groups`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn disk_groups(&self) -> Result<Vec<DiskGroup>> {
+        self.get("/v1/vm/disk-groups")
+    }
+
+    /// `PATCH /v1/vm/disk-groups/{id}`.
+    ///
+    /// # Errors
+    /// `no-such-disk-group`, a 422 code, or another [`ClientError`].
+    pub fn patch_disk_group(&self, id: &str, patch: &DiskGroupPatch) -> Result<DiskGroup> {
+        self.send(Method::PATCH, &format!("/v1/vm/disk-groups/{}", escape(id)), patch)
     }
 
     /// `GET /v1/vm/nics`.

@@ -6,9 +6,15 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::check::{check_id, check_path, check_queue_size, check_queues, check_slot};
+use super::cpu_list::CpuList;
+use super::limits::{Limits, LimitsPatch, limits};
 use super::patch::{Patch, apply, set};
 use super::{ReservationConfig, default_queue_size, one_queue};
 use crate::problem::{Pointer, Problem};
+use crate::span::Span;
+
+/// What `stall_after` may be: the disks are looked at once a second.
+const STALL: std::ops::RangeInclusive<Span> = Span::seconds(1)..=Span::seconds(24 * 3600);
 
 /// A virtio-blk disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -35,7 +41,8 @@ pub struct DiskConfig {
     /// Bypass the host's page cache (O_DIRECT). Default: yes for block devices, no for files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub direct: Option<bool>,
-    /// The serial number that the guest sees: at most 20 bytes of printable ASCII. Default: the id.
+    /// The serial number that the guest sees: at most 20 bytes of printable ASCII. Default: from the world-wide
+    /// identifier of the LUN, the same on each host; else the id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(max_length = 20)]
     pub serial: Option<String>,
@@ -54,6 +61,42 @@ pub struct DiskConfig {
     /// Keep other hosts from writing the LUN. Not for read-only disks. Default: they are not kept from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reservation: Option<ReservationConfig>,
+    /// What happens when the host reports an I/O error.
+    #[serde(default)]
+    pub on_error: OnError,
+    /// How long a request may be outstanding before a `disk-stalled` event says so: 1 s to 24 h.
+    #[serde(default = "half_a_minute")]
+    #[schema(default = "30s")]
+    pub stall_after: Span,
+    /// What the disk may do per second.
+    #[serde(default)]
+    pub limits: Limits,
+    /// The group of `disk_groups` whose limits it shares.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// The host CPUs of each queue's worker thread: none, one list for all, or one for each queue.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 32)]
+    pub affinity: Vec<CpuList>,
+}
+
+/// What happens when the host reports an I/O error. A reservation conflict always goes to the guest.
+///
+/// There is no way to ignore errors: nothing is completed that did not happen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The VM is paused with the request kept; `resume` tries it again.
+    Stop,
+    /// As `stop` where the host has run out of space, as `report` otherwise.
+    Enospc,
+}
+
+fn half_a_minute() -> Span {
+    Span::seconds(30)
 }
 
 /// When a write to a disk counts as done.
@@ -82,6 +125,11 @@ impl DiskConfig {
             cache: CacheMode::default(),
             wwid: None,
             reservation: None,
+            on_error: OnError::default(),
+            stall_after: half_a_minute(),
+            limits: Limits::default(),
+            group: None,
+            affinity: Vec::new(),
         }
     }
 
@@ -112,6 +160,15 @@ impl DiskConfig {
         check_queue_size(self.queue_size, &at.key("queue_size"))?;
         check_slot(self.slot, &at.key("slot"))?;
         self.check_claim(at)?;
+        self.limits.check(&at.key("limits"))?;
+        if !STALL.contains(&self.stall_after) {
+            let detail = format!("a request cannot count as stalled after {}", self.stall_after);
+            return Err(Problem::invalid(&at.key("stall_after"), detail, "choose 1s to 24h"));
+        }
+        if self.affinity.len() > 1 && self.affinity.len() != usize::from(self.queues) {
+            let detail = format!("{} lists of CPUs for {} queues", self.affinity.len(), self.queues);
+            return Err(Problem::invalid(&at.key("affinity"), detail, "give one list for all queues, or one for each"));
+        }
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|b| (0x20..0x7f).contains(&b)) => {
                 Err(Problem::invalid(
@@ -127,7 +184,8 @@ impl DiskConfig {
 
 /// Changes to a disk, as a JSON merge patch (RFC 7396): a field that is absent stays, `null` goes back to its default.
 ///
-/// While the guest exists only the empty patch is legal, which reads the size of the disk again.
+/// While the guest exists only `limits`, `on_error` and `stall_after` may change. Any patch, the empty one too, reads the size of
+/// the disk again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DiskPatch {
@@ -171,12 +229,33 @@ pub struct DiskPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<ReservationConfig>)]
     pub reservation: Patch<ReservationConfig>,
+    /// Another `on_error`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<OnError>)]
+    pub on_error: Patch<OnError>,
+    /// Another `stall_after`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<Span>)]
+    pub stall_after: Patch<Span>,
+    /// Changes to `limits`; null takes all of them away.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<LimitsPatch>)]
+    pub limits: Patch<LimitsPatch>,
+    /// Another `group`; null leaves the group.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<String>)]
+    pub group: Patch<String>,
+    /// Another `affinity`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<Vec<CpuList>>)]
+    pub affinity: Patch<Vec<CpuList>>,
 }
 
 impl DiskPatch {
-    /// Whether it changes no field: while the guest exists, "read the size again".
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
+    /// Whether it changes only what may change while the guest exists.
+    pub fn is_live(&self) -> bool {
+        let Self { on_error, stall_after, limits, .. } = self.clone();
+        *self == Self { on_error, stall_after, limits, ..Self::default() }
     }
 
     /// The disk after the patch. Not yet checked against the rest of the VM: see [`super::VmConfig::with_disk`].
@@ -197,6 +276,11 @@ impl DiskPatch {
             cache: set(self.cache, disk.cache, fresh.cache),
             wwid: apply(&self.wwid, &disk.wwid),
             reservation: apply(&self.reservation, &disk.reservation),
+            on_error: set(self.on_error, disk.on_error, fresh.on_error),
+            stall_after: set(self.stall_after, disk.stall_after, fresh.stall_after),
+            limits: limits(&self.limits, &disk.limits),
+            group: apply(&self.group, &disk.group),
+            affinity: set(self.affinity.clone(), disk.affinity.clone(), fresh.affinity),
         })
     }
 }

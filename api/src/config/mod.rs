@@ -6,8 +6,10 @@
 
 mod boot;
 mod check;
+mod cpu_list;
 mod cpus;
 mod disk;
+mod limits;
 mod mac;
 mod memory;
 mod nic;
@@ -25,8 +27,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use boot::{BootConfig, MAX_CMDLINE};
+pub use cpu_list::CpuList;
 pub use cpus::{CpusConfig, MAX_CPUS, Topology};
-pub use disk::{CacheMode, DiskConfig, DiskPatch};
+pub use disk::{CacheMode, DiskConfig, DiskPatch, OnError};
+pub use limits::{DiskGroup, DiskGroupPatch, Limits, LimitsPatch};
 pub use mac::{BadMac, MacAddr};
 pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
 pub use nic::{Link, NicConfig, NicPatch};
@@ -38,6 +42,9 @@ pub use slots::{RNG_ID, slot_assignment};
 
 use crate::problem::{Code, Pointer, Problem};
 use crate::size::ByteSize;
+
+/// The most groups of disks.
+const MAX_GROUPS: usize = 30;
 
 /// The configuration of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -58,6 +65,10 @@ pub struct VmConfig {
     #[serde(default)]
     #[schema(max_items = 30)]
     pub disks: Vec<DiskConfig>,
+    /// Groups of disks that share limits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 30)]
+    pub disk_groups: Vec<DiskGroup>,
     /// The network interfaces, in the order in which the guest finds them.
     #[serde(default)]
     #[schema(max_items = 30)]
@@ -106,6 +117,7 @@ impl VmConfig {
             memory: MemoryConfig::new(memory),
             boot: None,
             disks: Vec::new(),
+            disk_groups: Vec::new(),
             nics: Vec::new(),
             rng: true,
             serial: SerialConfig::default(),
@@ -144,6 +156,7 @@ impl VmConfig {
         for (i, disk) in self.disks.iter().enumerate() {
             disk.check(&root.key("disks").index(i))?;
         }
+        self.check_groups()?;
         for (i, nic) in self.nics.iter().enumerate() {
             nic.check(&root.key("nics").index(i))?;
         }
@@ -164,6 +177,47 @@ impl VmConfig {
         )?;
         unique(self.nics.iter().enumerate().map(|(i, nic)| (&nic.tap, root.key("nics").index(i).key("tap"))), "tap")?;
         self.check_disk_paths()
+    }
+
+    /// Groups are named once, and those that disks name exist.
+    fn check_groups(&self) -> Result<(), Problem> {
+        let at = Pointer::root().key("disk_groups");
+        if self.disk_groups.len() > MAX_GROUPS {
+            let detail = format!("{} groups of disks are too many", self.disk_groups.len());
+            return Err(Problem::invalid(&at, detail, format!("define at most {MAX_GROUPS}")));
+        }
+        for (i, group) in self.disk_groups.iter().enumerate() {
+            group.check(&at.index(i))?;
+        }
+        let ids = self.disk_groups.iter().enumerate().map(|(i, group)| (group.id.as_str(), at.index(i).key("id")));
+        unique(ids, "group id")?;
+        for (i, disk) in self.disks.iter().enumerate() {
+            if let Some(group) = &disk.group
+                && self.disk_group(group).is_none()
+            {
+                let at = Pointer::root().key("disks").index(i).key("group");
+                let remedy = "define it in disk_groups, or leave group out";
+                return Err(Problem::invalid(&at, "there is no such group of disks", remedy));
+            }
+        }
+        Ok(())
+    }
+
+    /// The group of disks with this id.
+    pub fn disk_group(&self, id: &str) -> Option<&DiskGroup> {
+        self.disk_groups.iter().find(|group| group.id == id)
+    }
+
+    /// This configuration with another group in the place of the one with its id.
+    ///
+    /// # Errors
+    /// `no-such-disk-group`, or the result would not be valid.
+    pub fn with_disk_group(&self, group: DiskGroup) -> Result<Self, Problem> {
+        self.disk_group(&group.id).ok_or_else(|| Problem::no_such_disk_group(&group.id))?;
+        let mut next = self.clone();
+        let (index, _) = put(&mut next.disk_groups, group, |group| &group.id);
+        next.validate().map_err(|problem| relative(problem, &Pointer::root().key("disk_groups").index(index)))?;
+        Ok(next)
     }
 
     /// One image behind two disks is harmless only if nobody writes it.

@@ -175,7 +175,10 @@ fn a_merge_patch_keeps_sets_and_clears() {
     assert_eq!(json::<DiskPatch>(text.as_bytes()).unwrap(), patch);
 
     let empty: DiskPatch = json(b"{}").unwrap();
-    assert!(empty.is_empty() && !patch.is_empty());
+    assert!(empty.is_live() && !patch.is_live());
+    let live: DiskPatch = json(br#"{"limits":{"ops_per_second":5},"on_error":"stop","stall_after":"2s"}"#).unwrap();
+    assert!(live.is_live());
+    assert_eq!(live.apply(&disk).unwrap().limits.ops_per_second, Some(5));
     assert_eq!(empty.apply(&disk).unwrap(), disk);
     assert!(json::<DiskPatch>(br#"{"id":"x"}"#).is_err());
     let null: DiskPatch = json(br#"{"path":null}"#).unwrap();
@@ -184,4 +187,38 @@ fn a_merge_patch_keeps_sets_and_clears() {
     assert!(NicPatch::link(Link::Down).only_link());
     let more: NicPatch = json(br#"{"link":"up","mtu":null}"#).unwrap();
     assert!(!more.only_link());
+}
+
+#[test]
+fn a_disk_names_a_group_that_exists_and_groups_are_named_once() {
+    let mut config = with_devices(1, 0);
+    config.disks[0].group = Some("g".into());
+    let problem = config.validate().unwrap_err();
+    assert_eq!(problem.pointer.as_deref(), Some("/disks/0/group"));
+    config.disk_groups = vec![DiskGroup { id: "g".into(), limits: Limits::default() }];
+    config.validate().unwrap();
+    config.disk_groups.push(config.disk_groups[0].clone());
+    assert_eq!(config.validate().unwrap_err().code, Code::Duplicate);
+    let group =
+        |id: &str, ops| DiskGroup { id: id.into(), limits: Limits { ops_per_second: Some(ops), ..Limits::default() } };
+    config.disk_groups.pop();
+    assert_eq!(config.with_disk_group(group("g", 5)).unwrap().disk_groups, [group("g", 5)]);
+    assert_eq!(config.with_disk_group(group("h", 5)).unwrap_err().code, Code::NoSuchDiskGroup);
+    let problem = config.with_disk_group(group("g", 0)).unwrap_err();
+    assert_eq!(problem.pointer.as_deref(), Some("/limits/ops_per_second"));
+}
+
+#[test]
+fn affinity_is_for_all_queues_or_for_each_and_a_stall_takes_a_second_at_least() {
+    let mut config = with_devices(1, 0);
+    config.disks[0].queues = 3;
+    let list = |text: &str| text.parse::<CpuList>().unwrap();
+    for (affinity, fits) in [(vec![], true), (vec!["0"], true), (vec!["0", "1"], false), (vec!["0", "1", "2"], true)] {
+        config.disks[0].affinity = affinity.into_iter().map(list).collect();
+        assert_eq!(config.validate().is_ok(), fits, "{:?}", config.disks[0].affinity);
+    }
+    for (text, fits) in [("999ms", false), ("1s", true), ("24h", true), ("24h 1ms", false)] {
+        config.disks[0].stall_after = text.parse().unwrap();
+        assert_eq!(config.validate().is_ok(), fits, "{text}");
+    }
 }

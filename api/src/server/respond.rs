@@ -54,6 +54,8 @@ impl IntoResponse for Answer {
             Ok(Answered::Disks(disks)) => json(StatusCode::OK, &disks),
             Ok(Answered::Disk(disk)) => json(StatusCode::OK, &disk),
             Ok(Answered::DiskCreated(disk)) => json(StatusCode::CREATED, &disk),
+            Ok(Answered::DiskGroups(groups)) => json(StatusCode::OK, &groups),
+            Ok(Answered::DiskGroup(group)) => json(StatusCode::OK, &group),
             Ok(Answered::Nics(nics)) => json(StatusCode::OK, &nics),
             Ok(Answered::Nic(nic)) => json(StatusCode::OK, &nic),
             Ok(Answered::NicCreated(nic)) => json(StatusCode::CREATED, &nic),

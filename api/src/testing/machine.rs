@@ -128,6 +128,7 @@ impl Inner {
         Ok(VmInfo {
             state: self.state,
             cause: self.cause.clone(),
+            pending: None,
             uptime_ms: self.alive().then_some(1000),
             resets: self.resets,
             vcpus: if self.alive() { config.cpus.count } else { 0 },
@@ -148,7 +149,7 @@ impl Inner {
             Request::PutDisk(disk) => self.put_disk(*disk),
             Request::PatchDisk(id, patch) => {
                 let disk = config.disk(&id).ok_or_else(|| Problem::no_such_disk(&id))?;
-                if self.alive() && !patch.is_empty() {
+                if self.alive() && !patch.is_live() {
                     return Err(not_while_running(&id));
                 }
                 self.put_disk(patch.apply(disk)?)
@@ -156,6 +157,17 @@ impl Inner {
             Request::DeleteDisk(id) => {
                 self.config = Some(config.without_disk(&id)?);
                 Ok(Response::Deleted)
+            }
+            Request::ListDiskGroups => Ok(Response::DiskGroups(config.disk_groups)),
+            Request::GetDiskGroup(id) => {
+                let group = config.disk_group(&id).ok_or_else(|| Problem::no_such_disk_group(&id))?;
+                Ok(Response::DiskGroup(Box::new(group.clone())))
+            }
+            Request::PatchDiskGroup(id, patch) => {
+                let group = config.disk_group(&id).ok_or_else(|| Problem::no_such_disk_group(&id))?;
+                let group = patch.apply(group);
+                self.config = Some(config.with_disk_group(group.clone())?);
+                Ok(Response::DiskGroup(Box::new(group)))
             }
             Request::ListNics => {
                 config.nics.iter().map(|nic| self.nic(&nic.id)).collect::<Result<_, _>>().map(Response::Nics)
@@ -215,6 +227,17 @@ impl Inner {
             capacity: self.alive().then_some(1 << 30),
             logical_block_size: self.alive().then_some(512),
             physical_block_size: self.alive().then_some(4096),
+            alignment_offset: self.alive().then_some(0),
+            min_io: self.alive().then_some(0),
+            opt_io: self.alive().then_some(0),
+            rotational: self.alive().then_some(false),
+            discard_max: self.alive().then_some(0),
+            write_zeroes_max: self.alive().then_some(0),
+            serial: None,
+            in_flight: 0,
+            oldest_request_ms: 0,
+            stalled: false,
+            held: 0,
             counters: DiskCounters::default(),
             config,
         })

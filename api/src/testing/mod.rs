@@ -17,9 +17,12 @@ pub fn full_config() -> serde_json::Value {
         "boot": { "kernel": "/boot/vmlinuz", "initrd": "/boot/initrd.img", "cmdline": "console=ttyS0" },
         "disks": [
             { "id": "root", "path": "/dev/mapper/mpatha", "queues": 2, "queue_size": 128, "direct": true,
-              "serial": "S1", "slot": 5, "cache": "writethrough", "read_only": false },
+              "serial": "S1", "slot": 5, "cache": "writethrough", "read_only": false, "on_error": "stop", "stall_after": "1m 30s",
+              "limits": { "ops_per_second": 1000, "ops_burst": 2000, "bytes_per_second": "100MiB", "bytes_burst": "200MiB" },
+              "group": "silver", "affinity": ["0-1", "2,4"] },
             { "id": "data", "path": "/dev/mapper/mpathb" }
         ],
+        "disk_groups": [ { "id": "silver", "limits": { "bytes_per_second": "1GiB" } } ],
         "nics": [
             { "id": "net0", "tap": "tap0", "mac": "52:54:00:00:00:01", "queues": 2, "queue_size": 512,
               "mtu": 9000, "link": "down", "slot": 7 }

@@ -51,7 +51,7 @@ enum Edit<'a> {
 }
 
 impl Mutations {
-    /// Spoils `document`, a valid JSON object whose numbers are of at most 16 bits, in ways that follow from `seed`.
+    /// Spoils `document`, a valid JSON object whose numbers are of at most 32 bits, in ways that follow from `seed`.
     pub fn new(document: Value, seed: u64) -> Self {
         Self { document, random: seed, turn: 0 }
     }
@@ -133,7 +133,7 @@ impl Mutations {
         let huge = self.pick(&[
             "1e400",
             "-1e400",
-            "65536",
+            "4294967296",
             "18446744073709551615",
             "18446744073709551616",
             "1e9",

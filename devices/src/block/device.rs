@@ -2,9 +2,9 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,16 +12,18 @@ use tracing::warn;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::affinity;
 use super::backend::{BlockBackend, BlockSource, Geometry};
 use super::config::{self, Variable, WRITEBACK_OFFSET, feature};
 use super::error::{BlockError, RescanError};
 use super::file::{BlockFile, OpenMode};
 use super::identity;
+use super::limiter::{Limiter, Limits};
 use super::metrics::{BlockMetrics, QueueMetrics};
 use super::reservation::{Guard, GuardThread, Reservation, ReservationError, ReservationOptions};
-use super::shared::{Disk, LogLimit};
+use super::shared::{Beginning, Disk, ErrorPolicy};
 use super::uring::UringBackend;
-use super::worker::{Command, Parts, Start, Worker};
+use super::worker::{Command, Parts, Start, Stopped, Worker};
 use crate::metrics::MetricSource;
 use crate::virtio::ring::Ring;
 use crate::virtio::{Activation, ActiveQueue, DeviceType, StartError, StillBusy, StoppedQueue, VirtioDevice};
@@ -65,6 +67,14 @@ pub struct BlockOptions {
     pub wwid: Option<String>,
     /// Keep other hosts from writing the LUN for as long as it is open. Not for read-only disks.
     pub reservation: Option<ReservationOptions>,
+    /// What happens to requests that fail on the host.
+    pub on_error: ErrorPolicy,
+    /// What the disk may do per second.
+    pub limits: Limits,
+    /// Limits that it shares with other disks.
+    pub group: Option<Arc<Limiter>>,
+    /// Host CPUs of the threads: none, one list for all queues, or one for each.
+    pub affinity: Vec<Vec<u16>>,
 }
 
 impl BlockOptions {
@@ -82,6 +92,10 @@ impl BlockOptions {
             writeback: true,
             wwid: None,
             reservation: None,
+            on_error: ErrorPolicy::default(),
+            limits: Limits::default(),
+            group: None,
+            affinity: Vec::new(),
         }
     }
 
@@ -118,7 +132,9 @@ enum State {
 struct QueueThread {
     commands: Option<Sender<Command>>,
     wake: EventFd,
-    stopped: Receiver<StoppedQueue>,
+    stopped: Receiver<Stopped>,
+    /// Heads of requests that failed before the last stop, and are tried again.
+    held: Vec<u16>,
     thread: Option<JoinHandle<()>>,
     state: State,
 }
@@ -175,7 +191,8 @@ impl VirtioBlock {
         let descriptor = Arc::clone(file.file());
         let depth = options.queue_size;
         let backend = |metrics: &Arc<QueueMetrics>| -> Result<Box<dyn BlockBackend>, BlockError> {
-            let backend = UringBackend::new(Arc::clone(&descriptor), geometry, depth, Arc::clone(metrics))?;
+            // One more than the guest can have in flight: the worker's own flush.
+            let backend = UringBackend::new(Arc::clone(&descriptor), geometry, depth + 1, Arc::clone(metrics))?;
             Ok(Box::new(backend))
         };
         let seat = Seat { wwid, guard };
@@ -205,26 +222,22 @@ impl VirtioBlock {
         spawner: &dyn ThreadSpawner,
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, BlockError> {
-        let geometry = source.geometry();
         let Seat { wwid, guard } = seat;
         let identity = identity::of(options.serial.as_deref(), wwid.as_deref(), &options.id);
         let metrics = Arc::new(BlockMetrics::new(&options.id, usize::from(options.queues), options.queue_size));
-        metrics.capacity.set(geometry.capacity);
-        let disk = Arc::new(Disk {
+        let own = Arc::new(Limiter::new(options.limits));
+        let disk = Arc::new(Disk::new(Beginning {
             id: options.id.clone(),
-            source: Mutex::new(Some(source)),
-            geometry,
-            capacity: AtomicU64::new(geometry.capacity),
-            writeback: AtomicBool::new(options.writeback),
+            source,
             identity,
             notifier,
             metrics: Arc::clone(&metrics),
-            stopping: AtomicU32::new(0),
-            signals: Mutex::new(None),
-            log: LogLimit::new(),
             wwid,
             guard,
-        });
+            writeback: options.writeback,
+            policy: options.on_error,
+            limiters: std::iter::once(own).chain(options.group.clone()).collect(),
+        }));
         let sizes = vec![options.queue_size; usize::from(options.queues)];
         let initial_writeback = options.writeback;
         let mut device = Self { disk, queues: Vec::new(), sizes, stopped: Vec::new(), initial_writeback, guard: None };
@@ -262,7 +275,11 @@ impl VirtioBlock {
         };
         let name = thread_name(&options.id, &format!(".q{index}"));
         let thread = spawner.spawn(&name, Box::new(move || Worker::run(parts))).map_err(lacking("a thread"))?;
-        Ok(QueueThread { commands: Some(commands), wake, stopped: answers, thread: Some(thread), state: State::Idle })
+        if let Some(cpus) = options.affinity.get(index).or_else(|| options.affinity.first()) {
+            affinity::pin(&thread, cpus).map_err(|error| BlockError::Affinity { thread: name, error })?;
+        }
+        let (held, state) = (Vec::new(), State::Idle);
+        Ok(QueueThread { commands: Some(commands), wake, stopped: answers, held, thread: Some(thread), state })
     }
 
     /// A handle for whoever looks after the disk while the transport owns the device.
@@ -308,7 +325,14 @@ impl VirtioDevice for VirtioBlock {
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (WRITEBACK_OFFSET, [writeback @ (0 | 1)]) = (offset, data) {
-            self.disk.writeback.store(*writeback == 1, Ordering::Relaxed);
+            let before = self.disk.writeback.swap(*writeback == 1, Ordering::Relaxed);
+            if before && *writeback == 0 {
+                // The driver will not flush what it wrote until now.
+                for queue in self.queues.iter().filter(|queue| queue.state == State::Running) {
+                    // A worker that is gone has said so, and its queue is broken.
+                    let _ = queue.send(Command::Sync);
+                }
+            }
         }
     }
 
@@ -333,8 +357,9 @@ impl VirtioDevice for VirtioBlock {
         for (active, ring) in rings {
             let ActiveQueue { index, kick, interrupt, .. } = active;
             let (memory, signals) = (memory.clone(), Arc::clone(&signals));
-            let start = Start { index, ring, kick, interrupt, memory, signals, flushes };
             if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+                let again = std::mem::take(&mut queue.held);
+                let start = Start { index, ring, kick, interrupt, memory, signals, flushes, again };
                 queue.send(Command::Start(Box::new(start)))?;
                 queue.state = State::Running;
             }
@@ -355,7 +380,8 @@ impl VirtioDevice for VirtioBlock {
             match queue.stopped.try_recv() {
                 Ok(stopped) => {
                     queue.state = State::Idle;
-                    self.stopped.push(stopped);
+                    queue.held = stopped.held;
+                    self.stopped.push(stopped.queue);
                 }
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => {
@@ -376,6 +402,10 @@ impl VirtioDevice for VirtioBlock {
     fn reset(&mut self) {
         self.disk.writeback.store(self.initial_writeback, Ordering::Relaxed);
         self.disk.set_signals(None);
+        for (queue, metrics) in self.queues.iter_mut().zip(self.disk.metrics.queues()) {
+            queue.held.clear();
+            metrics.held.set(0);
+        }
     }
 
     fn metrics(&self) -> Arc<dyn MetricSource> {
@@ -486,6 +516,29 @@ impl BlockHandle {
     #[must_use]
     pub fn in_flight(&self) -> (u32, Duration) {
         self.disk.metrics.in_flight()
+    }
+
+    /// Failed requests that are kept until the device is stopped and started.
+    #[must_use]
+    pub fn held(&self) -> u32 {
+        u32::try_from(self.disk.metrics.held()).unwrap_or(u32::MAX)
+    }
+
+    /// Shows in the metrics whether a request is outstanding for too long, which is for the VMM to say.
+    pub fn set_stalled(&self, stalled: bool) {
+        self.disk.metrics.stalled.set(u64::from(stalled));
+    }
+
+    /// Another policy for requests that fail from now on.
+    pub fn set_error_policy(&self, policy: ErrorPolicy) {
+        self.disk.set_policy(policy);
+    }
+
+    /// Other limits from now on.
+    pub fn set_limits(&self, limits: Limits) {
+        if let Some(own) = self.disk.limiters.first() {
+            own.set(limits);
+        }
     }
 
     /// The counters of the disk.

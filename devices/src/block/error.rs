@@ -113,6 +113,14 @@ pub enum BlockError {
         /// What the kernel answered.
         error: io::Error,
     },
+    /// A thread cannot be pinned to its CPUs.
+    #[error("cannot pin thread {thread} to its CPUs: {error}: name CPUs that are online and allowed to the VMM")]
+    Affinity {
+        /// The thread.
+        thread: String,
+        /// What the kernel answered.
+        error: io::Error,
+    },
     /// No thread, no eventfd.
     #[error("cannot make {what} for disk {id}: {error}: raise the limit of it")]
     Resources {

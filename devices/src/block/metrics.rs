@@ -37,6 +37,10 @@ pub struct QueueMetrics {
     pub interrupts: Counter,
     /// Requests whose buffers were misaligned and had to be copied.
     pub bounced: Counter,
+    /// Failed requests that are kept until the queue is started anew.
+    pub held: Gauge,
+    /// How often requests had to wait for a limit.
+    pub throttled: Counter,
     /// How often the driver broke the ring.
     pub broken: Counter,
     /// When each request in flight was taken, in nanoseconds since `epoch` plus one; 0: none.
@@ -75,6 +79,8 @@ impl QueueMetrics {
             kicks: Counter::default(),
             interrupts: Counter::default(),
             bounced: Counter::default(),
+            held: Gauge::default(),
+            throttled: Counter::default(),
             broken: Counter::default(),
             started: (0..depth).map(|_| AtomicU64::new(0)).collect(),
             epoch: Instant::now(),
@@ -125,6 +131,8 @@ pub struct BlockMetrics {
     queues: Vec<Arc<QueueMetrics>>,
     /// Bytes, as the guest sees it.
     pub capacity: Gauge,
+    /// 1 while a request is outstanding for too long.
+    pub stalled: Gauge,
 }
 
 impl BlockMetrics {
@@ -132,13 +140,19 @@ impl BlockMetrics {
     #[must_use]
     pub fn new(id: &str, queues: usize, depth: u16) -> Self {
         let queues = (0..queues).map(|_| Arc::new(QueueMetrics::new(depth))).collect();
-        Self { id: id.to_owned(), queues, capacity: Gauge::default() }
+        Self { id: id.to_owned(), queues, capacity: Gauge::default(), stalled: Gauge::default() }
     }
 
     /// The counters of each queue.
     #[must_use]
     pub fn queues(&self) -> &[Arc<QueueMetrics>] {
         &self.queues
+    }
+
+    /// Failed requests that are kept.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.queues.iter().map(|queue| queue.held.value()).sum()
     }
 
     /// Number and greatest age of all requests in flight.
@@ -157,6 +171,8 @@ impl MetricSource for BlockMetrics {
         let gauge = |value: u64| Value::Gauge(value as f64);
         let capacity = gauge(self.capacity.value());
         give("disk_capacity_bytes", "Size of the disk as the guest sees it.", vec![disk.clone()], capacity);
+        let stalled = gauge(self.stalled.value());
+        give("disk_stalled", "1 while a request is outstanding for too long.", vec![disk.clone()], stalled);
         let (_, oldest) = self.in_flight();
         let oldest = Value::Gauge(oldest.as_secs_f64());
         give("disk_oldest_request_seconds", "Age of the oldest request in flight.", vec![disk.clone()], oldest);
@@ -169,12 +185,15 @@ impl MetricSource for BlockMetrics {
                 ("disk_kicks", "Kicks by the guest that woke the worker.", &queue.kicks),
                 ("disk_interrupts", "Interrupts sent to the guest.", &queue.interrupts),
                 ("disk_bounced_requests", "Requests copied because their buffers were misaligned.", &queue.bounced),
+                ("disk_throttled", "Times that requests had to wait for a limit.", &queue.throttled),
                 ("disk_broken_rings", "Times that the driver broke the rules of the ring.", &queue.broken),
             ];
             for (name, help, counter) in counters {
                 give(name, help, labels.clone(), Value::Counter(counter.value()));
             }
             give("disk_queue_depth", "Requests in flight.", labels.clone(), gauge(queue.depth.value()));
+            let held = gauge(queue.held.value());
+            give("disk_held_requests", "Failed requests that are kept until the VM is resumed.", labels.clone(), held);
             for (operation, name) in queue.operations.iter().zip(NAMES) {
                 let mut labels = labels.clone();
                 labels.push(("op", name.to_owned()));

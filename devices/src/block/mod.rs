@@ -8,12 +8,14 @@
 //! is over when nothing is in flight, and gives back where the rings stand; memory of the guest outlives the requests that
 //! name it; nothing that a guest sends makes the thread panic, spin or allocate.
 
+mod affinity;
 mod backend;
 mod config;
 mod device;
 mod error;
 mod file;
 mod identity;
+mod limiter;
 mod metrics;
 mod request;
 mod reservation;
@@ -33,6 +35,8 @@ pub use self::config::feature;
 pub use self::device::{BlockHandle, BlockOptions, MakeBackend, VirtioBlock};
 pub use self::error::{BlockError, RescanError};
 pub use self::file::{BlockFile, LockedFile, OpenMode};
+pub use self::limiter::{Limiter, Limits, Rate};
 pub use self::metrics::{BlockMetrics, OperationMetrics, QueueMetrics};
 pub use self::reservation::{Kind, Refusal, Reservation, ReservationError, ReservationOptions, Standing};
+pub use self::shared::ErrorPolicy;
 pub use self::uring::UringBackend;

@@ -1,13 +1,14 @@
 //! What the device, its handles and its workers share.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 
-use super::backend::{BlockSource, Geometry};
+use super::backend::{BlockSource, Geometry, Operation};
 use super::error::RescanError;
+use super::limiter::Limiter;
 use super::metrics::BlockMetrics;
 use super::request::{ID_BYTES, Rules};
 use super::reservation::Guard;
@@ -16,6 +17,34 @@ use crate::{DeviceEvent, DeviceNotifier};
 
 /// Between log lines about failing requests of one disk. Counters and events miss none.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The longest that a throttled queue sleeps before it looks at its limits again, which may have changed.
+const THROTTLE_SLICE: Duration = Duration::from_millis(100);
+
+/// What happens to a request that fails on the host. A reservation conflict always goes to the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ErrorPolicy {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// It is kept, the queue stands still, and a [`DeviceEvent::IoError`] with `held` asks for the VM to be paused. It is
+    /// tried again when the device is stopped and started.
+    Stop,
+    /// As `Stop` where the host is out of space, as `Report` otherwise.
+    Enospc,
+}
+
+impl ErrorPolicy {
+    fn holds(self, errno: i32) -> bool {
+        match self {
+            _ if errno == libc::EBADE => false,
+            Self::Report => false,
+            Self::Stop => true,
+            Self::Enospc => matches!(errno, libc::ENOSPC | libc::EDQUOT),
+        }
+    }
+}
 
 pub(super) struct Disk {
     pub id: String,
@@ -38,12 +67,85 @@ pub(super) struct Disk {
     pub wwid: Option<String>,
     /// What looks after the reservation of the LUN, if it has one.
     pub guard: Option<Guard>,
+    policy: AtomicU8,
+    /// Its own limits, and those of its group.
+    pub limiters: Vec<Arc<Limiter>>,
+    /// The size that the disk was last seen to have shrunk to; 0: it has not.
+    shrunk: AtomicU64,
+}
+
+/// What a [`Disk`] begins with.
+pub(super) struct Beginning {
+    pub id: String,
+    pub source: Arc<dyn BlockSource>,
+    pub identity: [u8; ID_BYTES],
+    pub notifier: Arc<dyn DeviceNotifier>,
+    pub metrics: Arc<BlockMetrics>,
+    pub writeback: bool,
+    pub policy: ErrorPolicy,
+    pub limiters: Vec<Arc<Limiter>>,
+    pub wwid: Option<String>,
+    pub guard: Option<Guard>,
 }
 
 impl Disk {
+    pub fn new(beginning: Beginning) -> Self {
+        let Beginning { id, source, identity, notifier, metrics, writeback, policy, limiters, wwid, guard } = beginning;
+        let geometry = source.geometry();
+        metrics.capacity.set(geometry.capacity);
+        Self {
+            id,
+            source: Mutex::new(Some(source)),
+            geometry,
+            capacity: AtomicU64::new(geometry.capacity),
+            writeback: AtomicBool::new(writeback),
+            identity,
+            notifier,
+            metrics,
+            stopping: AtomicU32::new(0),
+            signals: Mutex::new(None),
+            log: LogLimit::new(),
+            policy: AtomicU8::new(policy as u8),
+            limiters,
+            wwid,
+            guard,
+            shrunk: AtomicU64::new(0),
+        }
+    }
+
+    pub fn set_policy(&self, policy: ErrorPolicy) {
+        self.policy.store(policy as u8, Ordering::Relaxed);
+    }
+
+    /// Whether a request that failed like this is kept.
+    pub fn holds(&self, errno: i32) -> bool {
+        let policy = match self.policy.load(Ordering::Relaxed) {
+            policy if policy == ErrorPolicy::Stop as u8 => ErrorPolicy::Stop,
+            policy if policy == ErrorPolicy::Enospc as u8 => ErrorPolicy::Enospc,
+            _ => ErrorPolicy::Report,
+        };
+        policy.holds(errno)
+    }
+
+    /// How long the next request has to wait for a limit, at most until the limits are to be looked at again.
+    pub fn throttled(&self, now: Instant) -> Option<Duration> {
+        let longest = self.limiters.iter().filter_map(|limiter| limiter.wait(now)).max()?;
+        Some(longest.min(THROTTLE_SLICE))
+    }
+
     pub fn rules(&self, stable: bool) -> Rules<'_> {
         let capacity = self.capacity.load(Ordering::Relaxed);
         Rules { geometry: &self.geometry, capacity, stable, identity: &self.identity }
+    }
+
+    /// A request has started.
+    pub fn charge(&self, operation: Operation, length: u64, now: Instant) {
+        let bytes = match operation {
+            Operation::Flush => return,
+            Operation::Read | Operation::Write { .. } => length,
+            Operation::Discard | Operation::WriteZeroes { .. } => 0,
+        };
+        self.limiters.iter().for_each(|limiter| limiter.charge(bytes, now));
     }
 
     /// A queue that was told to stop has drained.
@@ -53,14 +155,14 @@ impl Disk {
         }
     }
 
-    /// A request failed on the host, and the guest is told.
-    pub fn io_error(&self, errno: i32, operation: &'static str, offset: u64, length: u64) {
+    /// A request failed on the host; it is `held`, or the guest is told.
+    pub fn io_error(&self, errno: i32, operation: &'static str, offset: u64, bytes: u64, held: bool) {
         if let Some(unsaid) = self.log.allow() {
             let reason = std::io::Error::from_raw_os_error(errno);
-            warn!(disk = self.id, operation, offset, length, %reason, unsaid, "I/O error, reported to the guest");
+            let outcome = if held { "the request is kept, the VM has to be paused" } else { "reported to the guest" };
+            warn!(disk = self.id, operation, offset, bytes, %reason, unsaid, "I/O error: {outcome}");
         }
-        let operation = format!("{operation} of {length} bytes at {offset}");
-        self.notifier.notify(&self.id, DeviceEvent::IoError { operation, errno });
+        self.notifier.notify(&self.id, DeviceEvent::IoError { operation, offset, bytes, errno, held });
     }
 
     /// The driver broke the ring of queue `index`.
@@ -86,9 +188,13 @@ impl Disk {
         let to = to - to % u64::from(self.geometry.logical_block_size);
         let from = self.capacity.fetch_max(to, Ordering::Relaxed);
         if to < from {
-            warn!(disk = self.id, from, to, "the disk shrank, which the guest cannot follow: restore its size");
+            if self.shrunk.swap(to.max(1), Ordering::Relaxed) != to.max(1) {
+                warn!(disk = self.id, from, to, "the disk shrank, which the guest cannot follow: restore its size");
+                self.notifier.notify(&self.id, DeviceEvent::Shrunk { from, to });
+            }
             return Err(RescanError::Shrunk { id: self.id.clone(), from, to });
         }
+        self.shrunk.store(0, Ordering::Relaxed);
         if to > from {
             info!(disk = self.id, from, to, "the disk grew");
             self.metrics.capacity.set(to);

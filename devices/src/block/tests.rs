@@ -2,6 +2,7 @@
 
 mod chains;
 mod memory;
+mod policy;
 mod reserved;
 mod ring_errors;
 mod viostor;
@@ -165,6 +166,16 @@ impl Bench {
             }
         });
         sum
+    }
+}
+
+/// Waits until the worker has acted on all that it was told before.
+fn worker_turns(bench: &mut Bench) {
+    // The second kick wakes it after the turn that the first one was in.
+    for _ in 0..2 {
+        let kicks = bench.metric("disk_kicks", None);
+        bench.driver.ring(0).kick_always();
+        eventually(|| bench.metric("disk_kicks", None) > kicks);
     }
 }
 

@@ -6,6 +6,7 @@
 // Submitting to a backend vows that guest memory stays: the snapshots held here are why it does.
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
@@ -28,6 +29,8 @@ pub(super) enum Command {
     Start(Box<Start>),
     /// Take no more requests, and give the queue back once nothing is in flight.
     Stop,
+    /// Make stable what was written until now: the driver turned the write cache off, and will not flush it.
+    Sync,
 }
 
 /// A queue to work on.
@@ -40,6 +43,15 @@ pub(super) struct Start {
     pub signals: Arc<dyn TransportSignals>,
     /// Whether FLUSH was negotiated. If not, each write is stable when it completes (§5.2.6.2).
     pub flushes: bool,
+    /// Heads of requests to take before those of the ring: they failed before the last stop.
+    pub again: Vec<u16>,
+}
+
+/// A queue that is given back.
+pub(super) struct Stopped {
+    pub queue: StoppedQueue,
+    /// Heads of requests that failed and were kept, in the order in which they came.
+    pub held: Vec<u16>,
 }
 
 /// What a worker is made of.
@@ -49,12 +61,15 @@ pub(super) struct Parts {
     pub metrics: Arc<QueueMetrics>,
     pub commands: Receiver<Command>,
     pub wake: EventFd,
-    pub stopped: Sender<StoppedQueue>,
+    pub stopped: Sender<Stopped>,
     pub depth: u16,
 }
 
 /// A request in flight.
 struct Slot {
+    busy: bool,
+    /// Rises from request to request.
+    sequence: u64,
     head: u16,
     status: u64,
     operation: Operation,
@@ -82,6 +97,23 @@ struct Active {
     flushes: bool,
     broken: bool,
     stopping: bool,
+    /// Heads to take before those of the ring.
+    again: VecDeque<u16>,
+    /// Whether the ring has to wait until those that are tried again have ended.
+    retrying: bool,
+    /// Requests that failed and are kept, with their sequence. While there are any, no more are taken.
+    held: Vec<(u64, u16)>,
+}
+
+/// What a worker does next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Sleep until something happens.
+    Sleep,
+    /// Look at the ring again at once.
+    Again,
+    /// Sleep, but look at the ring after this time: a limit is exhausted.
+    After(Duration),
 }
 
 pub(super) struct Worker {
@@ -91,10 +123,14 @@ pub(super) struct Worker {
     disk: Arc<Disk>,
     metrics: Arc<QueueMetrics>,
     commands: Receiver<Command>,
-    stopped: Sender<StoppedQueue>,
+    stopped: Sender<Stopped>,
     parser: Parser,
     slots: Vec<Slot>,
     free: Vec<u16>,
+    /// The sequence of the next request.
+    sequence: u64,
+    /// A flush of our own has to follow all requests before this one.
+    sync_after: Option<u64>,
     leaving: bool,
 }
 
@@ -104,6 +140,8 @@ impl Worker {
         let Parts { mut backend, disk, metrics, commands, wake, stopped, depth } = parts;
         let prepared = backend.prepare().and_then(|()| backend.watch(Signal::Command, Some(wake)));
         let slot = |_| Slot {
+            busy: false,
+            sequence: 0,
             head: 0,
             status: 0,
             operation: Operation::Flush,
@@ -121,8 +159,11 @@ impl Worker {
             commands,
             stopped,
             parser: Parser::new(depth.max(256)),
-            slots: (0..depth).map(slot).collect(),
+            // The last one is for our own flush.
+            slots: (0..=depth).map(slot).collect(),
             free: (0..depth).rev().collect(),
+            sequence: 0,
+            sync_after: None,
             leaving: false,
             disk,
         };
@@ -133,19 +174,50 @@ impl Worker {
 
     fn turns(&mut self) -> std::io::Result<()> {
         let mut events = Vec::with_capacity(self.slots.len() + 8);
-        let mut more = false;
+        let mut next = Next::Sleep;
         loop {
-            self.backend.wait(more.then_some(Duration::ZERO), &mut events)?;
+            let timeout = match next {
+                Next::Sleep => None,
+                Next::Again => Some(Duration::ZERO),
+                Next::After(pause) => Some(pause),
+            };
+            self.backend.wait(timeout, &mut events)?;
             self.take_events(&mut events)?;
             if self.leaving && self.idle() {
                 return Ok(());
             }
-            more = self.take_requests();
+            next = self.take_requests();
         }
     }
 
     fn idle(&self) -> bool {
-        self.free.len() == self.slots.len()
+        let own = self.slots.last().is_some_and(|own| own.busy);
+        self.sync_after.is_none() && !own && self.free.len() + 1 == self.slots.len()
+    }
+
+    /// Begins the flush of our own once the requests that it has to follow are done.
+    fn sync(&mut self) {
+        let Some(after) = self.sync_after else { return };
+        let Some((own, slots)) = self.slots.split_last_mut() else { return };
+        if own.busy || slots.iter().any(|slot| slot.busy && slot.sequence < after) {
+            return;
+        }
+        (own.busy, own.operation, own.offset, own.length) = (true, Operation::Flush, 0, 0);
+        self.sync_after = None;
+        let id = u16::try_from(slots.len()).unwrap_or(u16::MAX);
+        let request = Request { id, operation: Operation::Flush, offset: 0, length: 0, buffers: &[] };
+        // SAFETY: there are no buffers.
+        unsafe { self.backend.submit(request) };
+    }
+
+    fn synced(&mut self, result: Result<u64, i32>) {
+        if let Some(own) = self.slots.last_mut() {
+            own.busy = false;
+        }
+        if let Err(errno) = result {
+            self.metrics.operation(Operation::Flush).errors.increment();
+            self.disk.io_error(errno, name(Operation::Flush), 0, 0, false);
+        }
     }
 
     fn take_events(&mut self, events: &mut Vec<Event>) -> std::io::Result<()> {
@@ -162,6 +234,7 @@ impl Worker {
         if commanded {
             self.take_commands()?;
         }
+        self.sync();
         self.give_back()
     }
 
@@ -170,6 +243,7 @@ impl Worker {
             match self.commands.try_recv() {
                 Ok(Command::Start(start)) => self.start(*start)?,
                 Ok(Command::Stop) => self.stop(),
+                Ok(Command::Sync) => self.sync_after = Some(self.sequence),
                 Err(TryRecvError::Empty) => return Ok(()),
                 Err(TryRecvError::Disconnected) => {
                     self.leaving = true;
@@ -181,11 +255,28 @@ impl Worker {
     }
 
     fn start(&mut self, start: Start) -> std::io::Result<()> {
-        let Start { index, ring, kick, interrupt, memory, signals, flushes } = start;
+        let Start { index, ring, kick, interrupt, memory, signals, flushes, again } = start;
+        self.metrics.held.set(0);
         self.backend.watch(Signal::Kick, Some(kick))?;
         let map = (0, memory.memory().into_inner());
         let (retired, broken, stopping) = (Vec::new(), false, false);
-        let active = Active { index, ring, interrupt, memory, map, retired, signals, flushes, broken, stopping };
+        let retrying = !again.is_empty();
+        let (again, held) = (again.into(), Vec::new());
+        let active = Active {
+            index,
+            ring,
+            interrupt,
+            memory,
+            map,
+            retired,
+            signals,
+            flushes,
+            broken,
+            stopping,
+            again,
+            retrying,
+            held,
+        };
         self.active = Some(Box::new(active));
         Ok(())
     }
@@ -204,39 +295,50 @@ impl Worker {
         let Some(active) = self.active.take_if(|active| active.stopping) else { return Ok(()) };
         self.backend.watch(Signal::Kick, None)?;
         // The owner is gone only if the device was dropped: nobody wants the positions then.
-        let _ = self.stopped.send(StoppedQueue { index: active.index, state: active.ring.state() });
-        drop(active);
+        let _ = self.stopped.send(active.give_back());
         if !self.leaving {
             self.disk.queue_stopped();
         }
         Ok(())
     }
 
-    /// Takes what the driver made available; tells whether there may be more at once.
-    fn take_requests(&mut self) -> bool {
-        let Some(mut active) = self.active.take() else { return false };
-        let mut more = false;
-        if !active.broken && !active.stopping && !self.disk.is_fenced() {
-            active.refresh_map(&self.slots, &self.free);
+    /// Takes what the driver made available.
+    fn take_requests(&mut self) -> Next {
+        let Some(mut active) = self.active.take() else { return Next::Sleep };
+        let mut next = Next::Sleep;
+        if !active.broken && !active.stopping && active.held.is_empty() && !self.disk.is_fenced() {
+            active.refresh_map(&self.slots);
             match self.take_batch(&mut active) {
-                Ok(left) => more = left,
+                Ok(then) => next = then,
                 Err(error) => self.break_ring(&mut active, &error.to_string()),
             }
         }
-        self.metrics.depth.set((self.slots.len() - self.free.len()) as u64);
+        self.metrics.depth.set((self.slots.len() - 1 - self.free.len()) as u64);
         self.active = Some(active);
         self.publish();
-        more
+        next
     }
 
-    fn take_batch(&mut self, active: &mut Active) -> Result<bool, ChainError> {
+    fn take_batch(&mut self, active: &mut Active) -> Result<Next, ChainError> {
         let (number, memory) = active.map.clone();
         active.ring.disable_kicks(&memory)?;
         let now = Instant::now();
         let stable = !active.flushes || !self.disk.writeback.load(Ordering::Relaxed);
         // At most one ring full: commands and completions have their turn whatever the driver does.
         for _ in 0..active.ring.size() {
-            let Some(head) = active.ring.next_head(&memory)? else { return Ok(active.ring.enable_kicks(&memory)?) };
+            if let Some(pause) = self.disk.throttled(now) {
+                self.metrics.throttled.increment();
+                return Ok(Next::After(pause));
+            }
+            if active.retrying && active.again.is_empty() {
+                if !self.idle() {
+                    return Ok(Next::Sleep);
+                }
+                active.retrying = false;
+            }
+            let Some(head) = active.next_head(&memory)? else {
+                return Ok(if active.ring.enable_kicks(&memory)? { Next::Again } else { Next::Sleep });
+            };
             active.ring.walk(&memory, head, &mut self.parser.chain)?;
             let status = self.parser.status_address(&memory, head)?;
             let rules = self.disk.rules(stable);
@@ -251,21 +353,23 @@ impl Worker {
                     let size = active.ring.size();
                     let id = self.free.pop().ok_or(RingError::TooMany { size })?;
                     self.begin(id, head, status, number, now);
-                    self.submit(id, asked);
+                    self.submit(id, asked, now);
                 }
             }
         }
-        Ok(true)
+        Ok(Next::Again)
     }
 
     fn begin(&mut self, id: u16, head: u16, status: u64, map: u32, now: Instant) {
         if let Some(slot) = self.slots.get_mut(usize::from(id)) {
             (slot.head, slot.status, slot.map, slot.started) = (head, status, map, now);
+            (slot.busy, slot.sequence) = (true, self.sequence);
+            self.sequence += 1;
         }
         self.metrics.begin(id, now);
     }
 
-    fn submit(&mut self, id: u16, asked: Asked) {
+    fn submit(&mut self, id: u16, asked: Asked, now: Instant) {
         let Some(slot) = self.slots.get_mut(usize::from(id)) else { return };
         slot.ranges.clear();
         (slot.operation, slot.offset, slot.length) = match asked {
@@ -278,6 +382,7 @@ impl Worker {
         };
         slot.payload = u32::try_from(slot.length).unwrap_or(u32::MAX);
         let Slot { operation, offset, length, .. } = *slot;
+        self.disk.charge(operation, length, now);
         let request = Request { id, operation, offset, length, buffers: &self.parser.buffers };
         // SAFETY: the buffers are RAM of the map of this slot, which `Active` keeps until the slot is free again; `Worker`
         // drops the backend, which drains, before the maps.
@@ -286,6 +391,9 @@ impl Worker {
 
     fn completed(&mut self, completion: Completion, now: Instant) {
         let Completion { id, result } = completion;
+        if usize::from(id) + 1 == self.slots.len() {
+            return self.synced(result);
+        }
         let Some(slot) = self.slots.get_mut(usize::from(id)) else { return };
         // Less than was asked for is no success.
         let result = result.and_then(|done| if done == slot.length { Ok(()) } else { Err(libc::EIO) });
@@ -299,6 +407,12 @@ impl Worker {
             return;
         }
         let (operation, payload) = (slot.operation, slot.payload);
+        slot.busy = false;
+        if let Err(errno) = result
+            && self.disk.holds(errno)
+        {
+            return self.hold(id, errno);
+        }
         let counters = self.metrics.operation(operation);
         counters.requests.increment();
         counters.latency.record(now.saturating_duration_since(slot.started));
@@ -318,12 +432,26 @@ impl Worker {
             if errno == libc::EBADE {
                 self.disk.conflict();
             }
-            self.disk.io_error(errno, name(operation), slot.offset, slot.length);
+            self.disk.io_error(errno, name(operation), slot.offset, slot.length, false);
         }
         let (head, address) = (slot.head, slot.status);
         self.metrics.end(id);
         self.free.push(id);
         self.answer(head, address, status, written);
+    }
+
+    /// Keeps a request that failed, and the queue stands still.
+    fn hold(&mut self, id: u16, errno: i32) {
+        self.metrics.end(id);
+        self.free.push(id);
+        let (Some(slot), Some(active)) = (self.slots.get(usize::from(id)), &mut self.active) else { return };
+        self.metrics.operation(slot.operation).errors.increment();
+        if active.held.is_empty() {
+            // The others will be tried again with it: one call for help is enough.
+            self.disk.io_error(errno, name(slot.operation), slot.offset, slot.length, true);
+        }
+        active.held.push((slot.sequence, slot.head));
+        self.metrics.held.set(active.held.len() as u64);
     }
 
     fn answer(&mut self, head: u16, address: u64, status: u8, written: u32) {
@@ -370,11 +498,12 @@ impl Worker {
             match command {
                 Command::Start(start) => start.signals.needs_reset("the host's I/O engine failed"),
                 Command::Stop => self.stop(),
+                Command::Sync => {}
             }
             if self.idle()
                 && let Some(active) = self.active.take_if(|active| active.stopping)
             {
-                let _ = self.stopped.send(StoppedQueue { index: active.index, state: active.ring.state() });
+                let _ = self.stopped.send(active.give_back());
                 self.disk.queue_stopped();
             }
         }
@@ -382,8 +511,22 @@ impl Worker {
 }
 
 impl Active {
+    /// The next request: first those that are tried again.
+    fn next_head(&mut self, memory: &GuestMemoryMmap) -> Result<Option<u16>, ChainError> {
+        match self.again.pop_front() {
+            Some(head) => Ok(Some(head)),
+            None => Ok(self.ring.next_head(memory)?),
+        }
+    }
+
+    fn give_back(mut self) -> Stopped {
+        self.held.sort_unstable();
+        let held = self.held.iter().map(|(_, head)| *head).chain(self.again).collect();
+        Stopped { queue: StoppedQueue { index: self.index, state: self.ring.state() }, held }
+    }
+
     /// Takes the present map of guest memory for new requests, and lets go of maps that no request in flight uses.
-    fn refresh_map(&mut self, slots: &[Slot], free: &[u16]) {
+    fn refresh_map(&mut self, slots: &[Slot]) {
         let present = self.memory.memory();
         if std::ptr::eq(&raw const *present, Arc::as_ptr(&self.map.1)) && self.retired.is_empty() {
             return;
@@ -392,11 +535,7 @@ impl Active {
             let next = (self.map.0.wrapping_add(1), present.into_inner());
             self.retired.push(std::mem::replace(&mut self.map, next));
         }
-        let in_flight = |number: u32| {
-            let uses = |(id, slot): (usize, &Slot)| slot.map == number && !free.iter().any(|&f| usize::from(f) == id);
-            slots.iter().enumerate().any(uses)
-        };
-        self.retired.retain(|(number, _)| in_flight(*number));
+        self.retired.retain(|(number, _)| slots.iter().any(|slot| slot.busy && slot.map == *number));
     }
 }
 

@@ -1,15 +1,21 @@
 //! virtio-blk devices.
 
-use rackvisor_api::config::{CacheMode, DiskConfig};
-use rackvisor_devices::block::{BlockOptions, ReservationOptions, VirtioBlock};
+use std::sync::Arc;
+
+use rackvisor_api::config::{self, CacheMode, DiskConfig, OnError};
+use rackvisor_devices::block::{BlockOptions, ErrorPolicy, Limiter, Limits, Rate, ReservationOptions, VirtioBlock};
 
 use super::{AssemblyError, Host, LiveDisk};
 
-/// Opens the disk and makes its device.
+/// Opens the disk and makes its device, which shares the limits of `group` if there is one.
 ///
 /// # Errors
 /// [`AssemblyError::Disk`].
-pub fn open(config: &DiskConfig, host: &Host) -> Result<(VirtioBlock, LiveDisk), AssemblyError> {
+pub fn open(
+    config: &DiskConfig,
+    group: Option<Arc<Limiter>>,
+    host: &Host,
+) -> Result<(VirtioBlock, LiveDisk), AssemblyError> {
     let options = BlockOptions {
         id: config.id.clone(),
         path: config.path.clone(),
@@ -22,9 +28,31 @@ pub fn open(config: &DiskConfig, host: &Host) -> Result<(VirtioBlock, LiveDisk),
         writeback: config.cache == CacheMode::Writeback,
         wwid: config.wwid.clone(),
         reservation: config.reservation.map(|wanted| ReservationOptions { key: wanted.key.0, preempt: wanted.preempt }),
+        on_error: error_policy(config.on_error),
+        limits: limits(&config.limits),
+        group,
+        affinity: config.affinity.iter().map(|list| list.cpus().to_vec()).collect(),
     };
     let device = VirtioBlock::new(options, &*host.spawner, host.notifier.clone())
         .map_err(|source| AssemblyError::Disk { id: config.id.clone(), source })?;
     let live = LiveDisk::new(device.handle());
     Ok((device, live))
+}
+
+/// The policy as the device has it.
+pub fn error_policy(on_error: OnError) -> ErrorPolicy {
+    match on_error {
+        OnError::Report => ErrorPolicy::Report,
+        OnError::Stop => ErrorPolicy::Stop,
+        OnError::Enospc => ErrorPolicy::Enospc,
+    }
+}
+
+/// The limits as the device has them.
+pub fn limits(limits: &config::Limits) -> Limits {
+    let ops = limits.ops_per_second.map(|per_second| Rate { per_second, burst: limits.ops_burst });
+    let bytes = limits
+        .bytes_per_second
+        .map(|rate| Rate { per_second: rate.bytes(), burst: limits.bytes_burst.map(|burst| burst.bytes()) });
+    Limits { ops, bytes }
 }

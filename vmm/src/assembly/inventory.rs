@@ -2,13 +2,16 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use rackvisor_api::config::Link;
+use rackvisor_api::config::{DiskConfig, DiskGroup, Limits, Link};
 use rackvisor_api::control::{DiskCounters, NicCounters};
-use rackvisor_devices::block::{BlockHandle, Geometry, RescanError};
+use rackvisor_devices::block::{BlockHandle, Geometry, Limiter, RescanError};
 use rackvisor_devices::metrics::{MetricSource, Sample, Value};
 use rackvisor_devices::net::NetHandle;
 use rackvisor_devices::virtio::pci::VirtioPci;
+
+use super::disks;
 
 /// A disk that is open.
 #[derive(Clone)]
@@ -35,6 +38,35 @@ impl LiveDisk {
     /// [`RescanError`] if it cannot be read or has shrunk.
     pub fn rescan(&self) -> Result<(), RescanError> {
         self.handle.rescan().map(drop)
+    }
+
+    /// The serial number that the guest reads.
+    #[must_use]
+    pub fn serial(&self) -> String {
+        self.handle.serial()
+    }
+
+    /// Number and greatest age of the requests that are outstanding.
+    #[must_use]
+    pub fn in_flight(&self) -> (u32, Duration) {
+        self.handle.in_flight()
+    }
+
+    /// Failed requests that are kept until the VM is resumed.
+    #[must_use]
+    pub fn held(&self) -> u32 {
+        self.handle.held()
+    }
+
+    /// Shows in the metrics whether requests are outstanding for too long.
+    pub fn set_stalled(&self, stalled: bool) {
+        self.handle.set_stalled(stalled);
+    }
+
+    /// Takes over what of the configuration may change while the disk is in use.
+    pub fn configure(&self, config: &DiskConfig) {
+        self.handle.set_error_policy(disks::error_policy(config.on_error));
+        self.handle.set_limits(disks::limits(&config.limits));
     }
 
     /// What it did since the boot.
@@ -124,6 +156,7 @@ pub struct Inventory {
     /// All counters.
     pub metrics: Vec<Arc<dyn MetricSource>>,
     disks: Vec<(String, LiveDisk)>,
+    groups: Vec<(String, Arc<Limiter>)>,
     nics: Vec<(String, LiveNic)>,
     transports: Vec<Arc<VirtioPci>>,
 }
@@ -133,6 +166,25 @@ impl Inventory {
     #[must_use]
     pub fn new(serial_path: Option<PathBuf>) -> Self {
         Self { serial_path, ..Self::default() }
+    }
+
+    /// Adds the groups of disks that share limits.
+    pub fn add_groups(&mut self, groups: &[DiskGroup]) {
+        let limiter = |group: &DiskGroup| Arc::new(Limiter::new(disks::limits(&group.limits)));
+        self.groups.extend(groups.iter().map(|group| (group.id.clone(), limiter(group))));
+    }
+
+    /// The limits of the group with this id.
+    #[must_use]
+    pub fn group(&self, id: &str) -> Option<&Arc<Limiter>> {
+        self.groups.iter().find(|(name, _)| name == id).map(|(_, limiter)| limiter)
+    }
+
+    /// Gives a group other limits.
+    pub fn limit_group(&self, id: &str, limits: &Limits) {
+        if let Some(group) = self.group(id) {
+            group.set(disks::limits(limits));
+        }
     }
 
     /// Adds a disk.

@@ -174,9 +174,11 @@ impl Sockets<'_> {
 }
 
 fn attach_devices(config: &VmConfig, sockets: &Sockets<'_>, inventory: &mut Inventory) -> Result<(), AssemblyError> {
+    inventory.add_groups(&config.disk_groups);
     for (id, slot) in slot_assignment(config).map_err(AssemblyError::Config)? {
         let device: Box<dyn VirtioDevice> = if let Some(disk) = config.disk(&id) {
-            let (device, live) = disks::open(disk, sockets.host)?;
+            let group = disk.group.as_ref().and_then(|group| inventory.group(group)).cloned();
+            let (device, live) = disks::open(disk, group, sockets.host)?;
             inventory.add_disk(&id, live);
             Box::new(device)
         } else if let Some(nic) = config.nic(&id) {

@@ -7,6 +7,7 @@
 //!  end       stop vCPUs ──► drain devices ──► flush and dismantle (job) ──► stopped | crashed
 //! ```
 //! While an operation is under way, requests that would change the VM wait in line; descriptions are answered at once.
+//! A drain that a hung disk holds up past its deadline answers so and goes on (`draining`).
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -21,9 +22,10 @@ use rackvisor_api::state::{Action, GuestEvent, RequestKind, VmState, decide, gue
 use rackvisor_devices::bus::VmRequest;
 use rackvisor_devices::{DeviceEvent, ThreadSpawner};
 
+use super::disks::{DiskWatch, IoFailure};
 use super::jobs::Jobs;
 use super::mailbox::{Generation, Handle, Mailbox, Message};
-use super::operation::{DRAIN_DEADLINE, Ending, Operation, Purpose};
+use super::operation::{Ending, Operation, Purpose};
 use super::{LastWord, Lifetime};
 use crate::assembly::{AssemblyError, Host, HostOptions, Inventory, Machine};
 use crate::cpu::vcpu::VcpuEvent;
@@ -38,19 +40,21 @@ pub struct Controller {
     pub(super) cause: Option<String>,
     pub(super) config: Option<VmConfig>,
     /// The machine, unless a job has it.
-    machine: Option<Box<Machine>>,
+    pub(super) machine: Option<Box<Machine>>,
     /// What describes the machine, also while a job has it.
     pub(super) inventory: Option<Inventory>,
-    operation: Option<Operation>,
-    waiting: VecDeque<(Request, Reply)>,
+    pub(super) operation: Option<Operation>,
+    pub(super) waiting: VecDeque<(Request, Reply)>,
     /// What the guest asked for while an operation was under way.
     guest_wants: Option<VcpuEvent>,
     /// Why the guest has to end, as soon as the operation under way is over.
     condemned: Option<String>,
+    /// What was last seen of the disks.
+    pub(super) disk_watch: DiskWatch,
     generation: Generation,
     pub(super) booted: Option<Instant>,
     pub(super) resets: u64,
-    terminating: bool,
+    pub(super) terminating: bool,
     ended: bool,
     mailbox: Mailbox,
     events: Arc<EventLog>,
@@ -81,6 +85,7 @@ impl Controller {
             failure: None,
             guest_wants: None,
             condemned: None,
+            disk_watch: DiskWatch::default(),
             state: VmState::Undefined,
             cause: None,
             config: None,
@@ -109,7 +114,8 @@ impl Controller {
     /// When to call [`Controller::tick`] at the latest.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.operation.as_ref().and_then(Operation::deadline)
+        let operation = self.operation.as_ref().and_then(Operation::deadline);
+        operation.into_iter().chain(self.next_look_at_disks()).min()
     }
 
     /// How things stand.
@@ -130,7 +136,7 @@ impl Controller {
             Message::Assembled(outcome) => self.assembled(*outcome),
             Message::Restarted(machine, outcome) => self.restarted(machine, outcome),
             Message::Dismantled(outcome) => self.dismantled(outcome),
-            Message::Terminate => self.terminating = true,
+            Message::Terminate => self.terminate(),
         }
         self.work_off();
     }
@@ -140,6 +146,7 @@ impl Controller {
         if matches!(self.operation, Some(Operation::Drain { .. })) {
             self.drain();
         }
+        self.look_at_disks(Instant::now());
         self.work_off();
     }
 
@@ -163,7 +170,10 @@ impl Controller {
         }
     }
 
-    fn request(&mut self, request: Request, reply: Reply) {
+    pub(super) fn request(&mut self, request: Request, reply: Reply) {
+        if self.is_overdue() && request.kind() != RequestKind::Query {
+            return self.change_of_mind(request, reply);
+        }
         if self.operation.is_some() && request.kind() != RequestKind::Query {
             if self.waiting.len() >= MAX_WAITING {
                 let detail = format!("{MAX_WAITING} requests wait for an operation of the VM to end");
@@ -202,7 +212,7 @@ impl Controller {
         let run = self.state == VmState::Running;
         match action {
             Action::Boot => self.boot(reply),
-            Action::Pause => self.begin(Purpose::Pause, Some(reply)),
+            Action::Pause => self.begin(Purpose::Pause { cause: None }, Some(reply)),
             Action::Resume => {
                 let outcome = self.resume();
                 reply.send(outcome.and_then(|()| self.described()));
@@ -257,6 +267,7 @@ impl Controller {
                 let inventory = machine.inventory();
                 self.metrics.replace(inventory.metrics.clone());
                 self.inventory = Some(inventory);
+                self.disk_watch = DiskWatch::from_now();
                 self.machine = Some(Box::new(machine));
                 self.booted = Some(Instant::now());
                 self.resets = 0;
@@ -280,68 +291,7 @@ impl Controller {
         }
     }
 
-    /// Stops the vCPUs and begins to drain the devices.
-    fn begin(&mut self, purpose: Purpose, reply: Option<Reply>) {
-        let Some(machine) = &self.machine else { return };
-        if let Err(error) = machine.stop_vcpus() {
-            // A vCPU that does not come back cannot be drained around: the state says what is known.
-            tracing::error!(vm = self.name(), %error, "a vCPU does not stop");
-            if let Some(reply) = reply {
-                reply.send(Err(Problem::new(Code::Internal, error.to_string(), "look at the host's kernel log")));
-            }
-            return;
-        }
-        self.operation = Some(Operation::drain(purpose, reply, Instant::now() + DRAIN_DEADLINE));
-        self.drain();
-    }
-
-    /// Goes on with an operation once the devices have drained, and gives it up at its deadline.
-    fn drain(&mut self) {
-        let Some(machine) = &self.machine else { return };
-        let drained = machine.pause_devices();
-        let Some(Operation::Drain { purpose, reply, deadline, .. }) = self.operation.take() else { return };
-        match drained {
-            Ok(()) => self.drained(purpose, reply),
-            Err(_) if Instant::now() < deadline => {
-                self.operation = Some(Operation::drain(purpose, reply, deadline));
-            }
-            Err(busy) => self.give_up(purpose, reply, &busy.to_string()),
-        }
-    }
-
-    fn give_up(&mut self, purpose: Purpose, reply: Option<Reply>, busy: &str) {
-        tracing::error!(vm = self.name(), busy, "devices did not drain in time: the VM goes on as it was");
-        if let Purpose::End(ending) = &purpose
-            && (ending.to == VmState::Crashed || self.terminating)
-        {
-            // There is no guest to go on with: take the machine apart around the hung request.
-            return self.dismantle(ending.clone(), reply);
-        }
-        if self.state == VmState::Running
-            && let Err(problem) = self.run_machine()
-        {
-            tracing::error!(vm = self.name(), %problem, "the VM cannot go on");
-        }
-        if let Some(reply) = reply {
-            let remedy = "look at the paths of the LUN (multipath -ll), then ask again";
-            reply.send(Err(Problem::new(Code::StillBusy, busy, remedy)));
-        }
-    }
-
-    fn drained(&mut self, purpose: Purpose, reply: Option<Reply>) {
-        match purpose {
-            Purpose::Pause => {
-                self.move_to(VmState::Paused, None);
-                if let Some(reply) = reply {
-                    reply.send(self.described());
-                }
-            }
-            Purpose::Reset { run, by_guest } => self.restart(run, by_guest, reply),
-            Purpose::End(ending) => self.dismantle(ending, reply),
-        }
-    }
-
-    fn restart(&mut self, run: bool, by_guest: bool, reply: Option<Reply>) {
+    pub(super) fn restart(&mut self, run: bool, by_guest: bool, reply: Option<Reply>) {
         let Some(mut machine) = self.machine.take() else { return };
         self.resets += 1;
         self.guest_wants = None;
@@ -375,7 +325,7 @@ impl Controller {
         }
     }
 
-    fn dismantle(&mut self, ending: Ending, reply: Option<Reply>) {
+    pub(super) fn dismantle(&mut self, ending: Ending, reply: Option<Reply>) {
         let Some(machine) = self.machine.take() else { return };
         // Whatever its threads still have to say is about a machine that is gone.
         self.generation += 1;
@@ -421,7 +371,7 @@ impl Controller {
     }
 
     /// Starts devices and vCPUs.
-    fn run_machine(&mut self) -> Result<(), Problem> {
+    pub(super) fn run_machine(&mut self) -> Result<(), Problem> {
         let Some(machine) = &self.machine else { return Ok(()) };
         machine.resume_devices().map_err(Problem::from)?;
         machine.start_vcpus();
@@ -462,9 +412,13 @@ impl Controller {
                 }
             }
             DeviceEvent::Resized { bytes } => self.publish(EventKind::DiskResized { device, capacity: bytes }),
-            DeviceEvent::IoError { operation, errno } => {
-                let error = std::io::Error::from_raw_os_error(errno);
-                self.publish(EventKind::DeviceError { device, detail: format!("{operation}: {error}") });
+            DeviceEvent::IoError { operation, offset, bytes, errno, held } => {
+                self.io_error(device, IoFailure { operation, offset, bytes, errno }, held);
+            }
+            DeviceEvent::Shrunk { from, to } => {
+                let detail =
+                    format!("the disk shrank from {from} to {to} bytes, which the guest is not told: restore its size");
+                self.publish(EventKind::DeviceError { device, detail });
             }
             DeviceEvent::NeedsReset { reason } => {
                 let detail = format!("the driver broke the rules, the device waits for its reset: {reason}");
@@ -474,7 +428,12 @@ impl Controller {
                 self.publish(EventKind::DeviceError { device, detail: reason });
             }
             DeviceEvent::ReservationLost { holder } => {
-                self.condemned = Some(taken(&device, holder));
+                let cause = taken(&device, holder);
+                let ending = Ending { to: VmState::Crashed, cause: Some(cause.clone()) };
+                let why = Problem::new(Code::Unusable, cause.clone(), "see that the VM runs on that host");
+                if !self.drain_to_end(ending, &why) {
+                    self.condemned = Some(cause);
+                }
                 let holder = holder.and_then(NonZeroU64::new).map(ReservationKey);
                 self.publish(EventKind::ReservationLost { device, holder });
             }
@@ -508,7 +467,7 @@ impl Controller {
         self.events.publish(self.name(), what);
     }
 
-    fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         self.config.as_ref().map_or("", |config| &config.name)
     }
 }
@@ -519,6 +478,6 @@ fn taken(device: &str, holder: Option<u64>) -> String {
     format!("disk \"{device}\": another host{by} took the reservation")
 }
 
-fn shutting_down() -> Problem {
+pub(super) fn shutting_down() -> Problem {
     Problem::new(Code::ShuttingDown, "this VMM is ending", "start another process for the VM")
 }

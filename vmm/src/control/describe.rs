@@ -1,6 +1,6 @@
 //! What the API shows of the VM and its devices, and what it may change of them.
 
-use rackvisor_api::config::{DiskConfig, DiskPatch, NicConfig, NicPatch, VmConfig, slot_assignment};
+use rackvisor_api::config::{DiskConfig, DiskGroup, DiskPatch, NicConfig, NicPatch, VmConfig, slot_assignment};
 use rackvisor_api::control::{DeviceState, DiskCounters, DiskInfo, NicCounters, NicInfo, Request, Response, VmInfo};
 use rackvisor_api::events::EventKind;
 use rackvisor_api::problem::{Code, Problem};
@@ -8,6 +8,7 @@ use rackvisor_api::state::VmState;
 use rackvisor_devices::virtio::pci::{DriverState, VirtioPci};
 
 use super::controller::Controller;
+use crate::assembly::LiveDisk;
 
 impl Controller {
     pub(super) fn describe(&self) -> Result<VmInfo, Problem> {
@@ -15,6 +16,7 @@ impl Controller {
         Ok(VmInfo {
             state: self.state,
             cause: self.cause.clone(),
+            pending: self.pending(),
             uptime_ms: self.booted.map(|b| u64::try_from(b.elapsed().as_millis()).unwrap_or(u64::MAX)),
             resets: self.resets,
             vcpus: self.inventory.as_ref().map_or(0, |_| config.cpus.count),
@@ -44,6 +46,16 @@ impl Controller {
             Request::DeleteDisk(id) => {
                 self.config = Some(self.config()?.without_disk(&id)?);
                 Ok(Response::Deleted)
+            }
+            Request::ListDiskGroups => Ok(Response::DiskGroups(self.config()?.disk_groups.clone())),
+            Request::GetDiskGroup(id) => Ok(Response::DiskGroup(Box::new(self.group_config(&id)?.clone()))),
+            Request::PatchDiskGroup(id, patch) => {
+                let group = patch.apply(self.group_config(&id)?);
+                self.config = Some(self.config()?.with_disk_group(group.clone())?);
+                if let Some(inventory) = &self.inventory {
+                    inventory.limit_group(&id, &group.limits);
+                }
+                Ok(Response::DiskGroup(Box::new(group)))
             }
             Request::ListNics => {
                 let ids: Vec<_> = self.config()?.nics.iter().map(|n| n.id.clone()).collect();
@@ -77,25 +89,32 @@ impl Controller {
         self.config()?.disk(id).ok_or_else(|| Problem::no_such_disk(id))
     }
 
+    fn group_config(&self, id: &str) -> Result<&DiskGroup, Problem> {
+        self.config()?.disk_group(id).ok_or_else(|| Problem::no_such_disk_group(id))
+    }
+
     fn nic_config(&self, id: &str) -> Result<&NicConfig, Problem> {
         self.config()?.nic(id).ok_or_else(|| Problem::no_such_nic(id))
     }
 
-    /// An empty patch looks at the size of the disk again; the rest needs a guest that does not exist.
+    /// Some of a disk may change at any time, and its size is looked at again; the rest needs a guest that does not exist.
     fn patch_disk(&mut self, id: &str, patch: &DiskPatch) -> Result<Response, Problem> {
         let disk = self.disk_config(id)?;
-        if patch.is_empty() {
-            if let Some(live) = self.inventory.as_ref().and_then(|i| i.disk(id)) {
-                live.rescan().map_err(|e| {
-                    Problem::new(Code::Unusable, e.to_string(), "a disk may grow while it is in use, never shrink")
-                })?;
-            }
-        } else if self.inventory.is_some() {
-            return Err(while_running(id, "an empty patch, which looks at the size again"));
-        } else {
-            let changed = patch.apply(disk)?;
-            self.config = Some(self.config()?.with_disk(changed)?.0);
+        if self.inventory.is_some() && !patch.is_live() {
+            return Err(while_running(
+                id,
+                "`limits`, `on_error`, `stall_after`, or nothing (which looks at the size again)",
+            ));
         }
+        let changed = patch.apply(disk)?;
+        let config = self.config()?.with_disk(changed.clone())?.0;
+        if let Some(live) = self.inventory.as_ref().and_then(|i| i.disk(id)) {
+            live.rescan().map_err(|e| {
+                Problem::new(Code::Unusable, e.to_string(), "a disk may grow while it is in use, never shrink")
+            })?;
+            live.configure(&changed);
+        }
+        self.config = Some(config);
         Ok(Response::Disk(Box::new(self.disk_info(id)?)))
     }
 
@@ -137,12 +156,24 @@ impl Controller {
         let config = self.disk_config(id)?.clone();
         let live = self.inventory.as_ref().and_then(|i| i.disk(id));
         let geometry = live.map(|l| l.geometry());
+        let (in_flight, oldest) = live.map(LiveDisk::in_flight).unwrap_or_default();
         Ok(DiskInfo {
             state: self.device_state(id),
             pci: self.pci(id)?,
             capacity: geometry.as_ref().map(|g| g.capacity),
             logical_block_size: geometry.as_ref().map(|g| g.logical_block_size),
             physical_block_size: geometry.as_ref().map(|g| g.physical_block_size),
+            alignment_offset: geometry.as_ref().map(|g| g.alignment_offset),
+            min_io: geometry.as_ref().map(|g| g.min_io),
+            opt_io: geometry.as_ref().map(|g| g.opt_io),
+            rotational: geometry.as_ref().map(|g| g.rotational),
+            discard_max: geometry.as_ref().map(|g| g.discard.map_or(0, |d| d.max_bytes)),
+            write_zeroes_max: geometry.as_ref().map(|g| g.write_zeroes.map_or(0, |w| w.max_bytes)),
+            serial: live.map(LiveDisk::serial),
+            in_flight,
+            oldest_request_ms: u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX),
+            stalled: self.is_stalled(id),
+            held: live.map_or(0, LiveDisk::held),
             counters: live.map_or_else(DiskCounters::default, |l| l.counters()),
             config,
         })

@@ -141,8 +141,12 @@ struct Notifier {
 
 impl DeviceNotifier for Notifier {
     fn notify(&self, device: &str, event: DeviceEvent) {
-        // Operations wait for the first, and each is the answer to a stop; the second ends the VM: there are never many.
-        let vital = matches!(event, DeviceEvent::Drained | DeviceEvent::ReservationLost { .. });
+        // Something waits for these: each is the answer to a stop, comes once per queue and start, or ends the VM. There
+        // are never many.
+        let vital = matches!(
+            event,
+            DeviceEvent::Drained | DeviceEvent::IoError { held: true, .. } | DeviceEvent::ReservationLost { .. }
+        );
         let limit = if vital { usize::MAX } else { MAX_DEVICE_EVENTS };
         let Some(place) = Place::take(&self.taken, limit) else {
             if !self.overflowing.swap(true, Ordering::Relaxed) {

@@ -2,6 +2,8 @@
 
 mod controller;
 mod describe;
+mod disks;
+mod draining;
 mod jobs;
 mod mailbox;
 mod operation;

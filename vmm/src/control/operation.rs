@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use rackvisor_api::control::Reply;
 use rackvisor_api::state::VmState;
 
-/// How long devices may take to drain before the operation gives up and the VM goes on as it was.
+/// How long devices may take to drain before whoever waits for the operation is told so. The operation goes on.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Devices say when they have drained; in case one does not, they are asked again this often.
@@ -14,7 +14,12 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// Why the devices are being drained.
 pub enum Purpose {
     /// To pause the VM.
-    Pause,
+    Pause {
+        /// Why, where that is not by request.
+        cause: Option<String>,
+    },
+    /// To let the VM go on after all: the pause took too long.
+    GoOn,
     /// To restart the guest; `run` says whether it runs afterwards.
     Reset {
         /// Whether the vCPUs run afterwards.
@@ -48,10 +53,12 @@ pub enum Operation {
         purpose: Purpose,
         /// Who waits for it, if anybody does.
         reply: Option<Reply>,
-        /// When to give up.
-        deadline: Instant,
+        /// When to tell whoever waits that it takes longer; `None` when that has been told.
+        deadline: Option<Instant>,
         /// When to ask the devices again at the latest.
         ask: Instant,
+        /// What the devices said when they were last asked.
+        busy: String,
     },
     /// A job brings the machine back to power-on.
     Restart {
@@ -70,10 +77,11 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// A drain that goes on until `deadline`.
+    /// A drain whose asker is told at `deadline` if it has not ended.
     #[must_use]
-    pub fn drain(purpose: Purpose, reply: Option<Reply>, deadline: Instant) -> Self {
-        Self::Drain { purpose, reply, deadline, ask: deadline.min(Instant::now() + ASK_AGAIN) }
+    pub fn drain(purpose: Purpose, reply: Option<Reply>, deadline: Option<Instant>, busy: String) -> Self {
+        let again = Instant::now() + ASK_AGAIN;
+        Self::Drain { purpose, reply, deadline, ask: deadline.map_or(again, |deadline| deadline.min(again)), busy }
     }
 
     /// When the operation wants to be looked at again without a message.

@@ -45,7 +45,8 @@ pub(super) async fn put(
 
 /// Change a disk
 ///
-/// A JSON merge patch (RFC 7396). While the guest exists only `{}` is legal, which reads the size of the disk again.
+/// A JSON merge patch (RFC 7396). While the guest exists only `limits`, `on_error` and `stall_after` may change. Any patch,
+/// `{}` too, reads the size of the disk again.
 #[utoipa::path(patch, path = "/v1/vm/disks/{id}", tag = "disks", operation_id = "patchDisk",
     params(("id" = String, Path, description = "The id of the disk.")),
     request_body(content((DiskPatch = "application/merge-patch+json"), (DiskPatch = "application/json"))),

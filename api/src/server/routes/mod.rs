@@ -1,5 +1,6 @@
 //! The routes of `/v1` and what each does.
 
+mod disk_groups;
 mod disks;
 mod nics;
 mod vm;
@@ -97,6 +98,8 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/vm/nmi", post(vm::nmi))
         .route("/v1/vm/disks", get(disks::list))
         .route("/v1/vm/disks/{id}", get(disks::show).put(disks::put).patch(disks::patch).delete(disks::remove))
+        .route("/v1/vm/disk-groups", get(disk_groups::list))
+        .route("/v1/vm/disk-groups/{id}", get(disk_groups::show).patch(disk_groups::patch))
         .route("/v1/vm/nics", get(nics::list))
         .route("/v1/vm/nics/{id}", get(nics::show).put(nics::put).patch(nics::patch).delete(nics::remove))
         .route("/v1/events", get(sse::events))
@@ -112,6 +115,7 @@ pub(super) fn router(app: App) -> Router {
         vm::describe, vm::define, vm::forget,
         vm::boot, vm::pause, vm::resume, vm::reset, vm::power_button, vm::shutdown, vm::nmi,
         disks::list, disks::show, disks::put, disks::patch, disks::remove,
+        disk_groups::list, disk_groups::show, disk_groups::patch,
         nics::list, nics::show, nics::put, nics::patch, nics::remove,
     ),
     components(schemas(Problem, Code)),
