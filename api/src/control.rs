@@ -186,6 +186,9 @@ pub struct DiskInfo {
     /// The most bytes that are zeroed at once, once the disk is open; 0 where it cannot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub write_zeroes_max: Option<u64>,
+    /// The world-wide identifier of the LUN, once the disk is open and if the host knows one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wwid: Option<String>,
     /// The serial number that the guest reads, once the disk is open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,

@@ -197,7 +197,7 @@ pub fn disk(disk: &DiskInfo) -> String {
     facts.add("queues", format!("{} of {} entries", config.queues, config.queue_size));
     facts.add("cache", word(&config.cache));
     facts.add_some("direct", config.direct);
-    facts.add_some("wwid", config.wwid.as_deref());
+    facts.add_some("wwid", disk.wwid.as_deref().or(config.wwid.as_deref()));
     facts.add_some("reserved", config.reservation.map(|reservation| format!("with key {}", reservation.key)));
     facts.add_some("serial", disk.serial.as_deref().or(config.serial.as_deref()));
     facts.add("on error", word(&config.on_error));

@@ -233,6 +233,7 @@ impl Inner {
             rotational: self.alive().then_some(false),
             discard_max: self.alive().then_some(0),
             write_zeroes_max: self.alive().then_some(0),
+            wwid: None,
             serial: None,
             in_flight: 0,
             oldest_request_ms: 0,

@@ -40,6 +40,12 @@ impl LiveDisk {
         self.handle.rescan().map(drop)
     }
 
+    /// The world-wide identifier of the LUN, if the host knows one.
+    #[must_use]
+    pub fn wwid(&self) -> Option<String> {
+        self.handle.wwid()
+    }
+
     /// The serial number that the guest reads.
     #[must_use]
     pub fn serial(&self) -> String {

@@ -169,6 +169,7 @@ impl Controller {
             rotational: geometry.as_ref().map(|g| g.rotational),
             discard_max: geometry.as_ref().map(|g| g.discard.map_or(0, |d| d.max_bytes)),
             write_zeroes_max: geometry.as_ref().map(|g| g.write_zeroes.map_or(0, |w| w.max_bytes)),
+            wwid: live.and_then(LiveDisk::wwid),
             serial: live.map(LiveDisk::serial),
             in_flight,
             oldest_request_ms: u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX),
