@@ -236,7 +236,11 @@ impl Inventory {
     #[must_use]
     pub fn flush_disks(&self) -> Vec<String> {
         let failures = |(id, disk): &(String, LiveDisk)| {
-            let flush = disk.handle.flush().err().map(|e| format!("disk \"{id}\": the last flush failed: {e}"));
+            let flush = match disk.handle.in_flight() {
+                (0, _) => disk.handle.flush().err().map(|e| format!("disk \"{id}\": the last flush failed: {e}")),
+                // It hangs, and would hang the flush as well.
+                (requests, _) => Some(format!("disk \"{id}\": {requests} requests had no answer when the guest ended")),
+            };
             let release = disk.handle.release_reservation().err();
             [flush, release.map(|e| format!("disk \"{id}\": its reservation is left behind: {e}"))]
         };
