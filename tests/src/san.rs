@@ -63,6 +63,12 @@ impl San {
         DiskConfig::new(id, self.lun(index))
     }
 
+    /// LUN `index` as the disk `id` of another host: a second initiator, so to the LUN it is one.
+    pub fn disk_of_second_host(&self, id: &str, index: usize) -> DiskConfig {
+        let luns = std::env::var("LAB_SAN_LUNS_HOST2").expect("there is one host only: tests/lab/run --san=hosts=2");
+        DiskConfig::new(id, luns.split(' ').nth(index).unwrap())
+    }
+
     /// The name of LUN `index`, which `lab-san` and multipath know it by.
     pub fn name(&self, index: usize) -> String {
         self.lun(index).file_name().unwrap().to_string_lossy().into_owned()

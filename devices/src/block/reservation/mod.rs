@@ -226,7 +226,7 @@ impl Reservation {
         if !preempt {
             reservation.refuse_foreign(&table)?;
         }
-        reservation.target.register(reservation.key).map_err(reservation.failed("register the key with"))?;
+        reservation.register()?;
         // From here on, dropping it takes the key back.
         reservation.over.store(false, Ordering::Release);
         reservation.take(preempt)?;
@@ -254,19 +254,22 @@ impl Reservation {
         if self.over.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
+        match self.read() {
+            // It was lost.
+            Ok(table) if !table.has(self.key) => return Ok(()),
+            // One command over one path, however many there are and however many work. If the LUN is taken from us right
+            // now, it does nothing.
+            Ok(table) if table.foreign(self.key).is_empty() && self.target.clear(self.key).is_ok() => return Ok(()),
+            _ => {}
+        }
         // Unregistering releases as well, and a conflict says that it was lost.
         let _ = self.target.release(self.key);
         let outcome = match self.target.unregister(self.key) {
             Ok(()) | Err(Refusal::Conflict) => Ok(()),
             Err(refusal) => Err(self.failed("take the key back from")(refusal)),
         };
-        // A path that does not work, or had no key, keeps the kernel from going on to the others.
         match self.read() {
             Ok(table) if !table.has(self.key) => Ok(()),
-            Ok(table) if table.foreign(self.key).is_empty() => match self.target.clear(self.key) {
-                Ok(()) | Err(Refusal::Conflict) => Ok(()),
-                Err(_) => outcome.and(Err(ReservationError::Left { path: self.path.clone(), key: self.key })),
-            },
             Ok(_) => outcome.and(Err(ReservationError::Left { path: self.path.clone(), key: self.key })),
             Err(_) => outcome,
         }
@@ -278,6 +281,10 @@ impl Reservation {
         ReservationError::InFlight { path: self.path.clone(), key: self.key, requests }
     }
 
+    fn register(&self) -> Result<(), ReservationError> {
+        self.target.register(self.key).map_err(self.failed("register the key with"))
+    }
+
     /// Reserves until this host is the only one that can write.
     fn take(&self, preempt: bool) -> Result<(), ReservationError> {
         for _ in 0..ROUNDS {
@@ -286,6 +293,11 @@ impl Reservation {
                 Err(refusal) => return Err(self.failed("reserve")(refusal)),
             }
             let table = self.read()?;
+            if table == Table::default() {
+                // Another host cleared the LUN when it ended. Nobody has it, so this undoes no fencing.
+                self.register()?;
+                continue;
+            }
             if !table.has(self.key) {
                 return Err(ReservationError::Taken {
                     path: self.path.clone(),

@@ -238,8 +238,11 @@ fn a_second_host_is_refused_and_touches_nothing() {
     let lun = Lun::default();
     let _first = lun.reserved_by(1, A, false).unwrap();
     let before = lun.inside();
-    lun.before_each(|command, _| assert_eq!(command, "read"));
+    let others = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&others);
+    lun.before_each(move |command, _| seen.lock().unwrap().extend((command != "read").then(|| command.to_owned())));
     let error = error(lun.reserved_by(2, B, false));
+    assert!(others.lock().unwrap().is_empty());
     assert!(error.contains("/dev/lun is reserved by another host (key 0xa)") && error.contains("preempt"), "{error}");
     assert_eq!(lun.inside(), before);
     lun.lock().hook = None;
@@ -397,6 +400,17 @@ fn one_of_two_hosts_that_come_at_the_same_time_gets_the_lun() {
     });
     let error = error(lun.reserved_by(1, A, true));
     assert!(error.contains("another host (key 0xb) took /dev/lun at the same time"), "{error}");
+
+    let lun = Lun::default();
+    // The other ends right after this one registered, and clears the LUN.
+    let mut once = false;
+    lun.before_each(move |command, inside| {
+        if command == "reserve" && !std::mem::replace(&mut once, true) {
+            *inside = Inside::default();
+        }
+    });
+    let winner = lun.reserved_by(1, A, true).unwrap();
+    assert_eq!(winner.check().unwrap(), Standing::Held);
 }
 
 #[test]
