@@ -10,7 +10,9 @@
     reason = "a test fails by panicking, also in its helpers"
 )]
 
+mod fio;
 mod guest;
+mod hostdisk;
 mod linux;
 mod process;
 mod programs;
@@ -23,9 +25,12 @@ mod vmm;
 
 use std::io::Write;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+pub use fio::Laps;
 pub use guest::Guest;
+pub use hostdisk::{Mapped, NullBlk};
 pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio};
 pub use process::{Census, Mappings, assert_nothing_more};
 pub use programs::{good, output, rackctl};
@@ -61,6 +66,12 @@ macro_rules! needs_kvm {
             return $crate::skip(why);
         }
     };
+}
+
+/// A number that this process has not had yet.
+fn unique() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Waits until `done` gives something.

@@ -3,13 +3,14 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rackvisor_api::client::Client;
 use rackvisor_api::config::{DiskConfig, SerialConfig, SerialMode, VmConfig};
 use rackvisor_api::control::VmInfo;
 use rackvisor_api::state::{Action, VmState};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{Census, Guest, PATIENCE, eventually};
@@ -126,6 +127,43 @@ impl Rackvisor {
     /// The state now.
     pub fn state(&self) -> VmState {
         self.client.state().unwrap()
+    }
+
+    /// Waits for an event of this kind (as the API names it) whose data is `wanted`; gives the data.
+    ///
+    /// # Panics
+    /// With the events that came instead, after [`PATIENCE`].
+    pub fn wait_for_event(&self, kind: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let mut events = self.client.events(Some(0), true).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        let mut others = Vec::new();
+        loop {
+            match events.next_before(Some(deadline)) {
+                Ok(Some(event)) => {
+                    let event = serde_json::to_value(&event.what).unwrap();
+                    if event["kind"] == kind && wanted(&event["data"]) {
+                        return event["data"].clone();
+                    }
+                    others.push(event.to_string());
+                }
+                end => panic!("no such {kind}: {end:?} after\n{}", others.join("\n")),
+            }
+        }
+    }
+
+    /// The data of all events of this kind so far.
+    pub fn events(&self, kind: &str) -> Vec<Value> {
+        let events = self.client.events(Some(0), false).unwrap();
+        let events = events.map(|event| serde_json::to_value(event.unwrap().what).unwrap());
+        events.filter(|event| event["kind"] == kind).map(|event| event["data"].clone()).collect()
+    }
+
+    /// Kills it with SIGKILL and waits until the kernel has taken it apart.
+    pub fn kill(mut self) -> TempDir {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        let empty = tempfile::tempdir().unwrap();
+        std::mem::replace(&mut self.folder, empty)
     }
 
     /// Sends SIGTERM and waits for the end.
