@@ -141,8 +141,12 @@ fn events_are_followed_as_they_come_and_a_closed_pipe_is_no_error() {
     let second: Event = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
     assert_eq!((second.id, second.what.name()), (2, "state-changed"));
     drop(lines);
-    good(&stage, "pause");
-    assert_eq!(following.wait().unwrap().code(), Some(0));
+    // A process that another test forks just now has the pipe too, until it executes its program: one event may not do.
+    let status = ["pause", "resume"].into_iter().cycle().take(1000).find_map(|action| {
+        good(&stage, action);
+        following.try_wait().unwrap()
+    });
+    assert_eq!(status.expect("it ends when it cannot write").code(), Some(0));
 }
 
 #[test]
