@@ -21,6 +21,8 @@ const RECOVERY: Duration = Duration::from_millis(100);
 /// What the disk, its workers and its handles share of its reservation.
 pub struct Guard {
     fenced: AtomicBool,
+    /// Between two looks, if no request meets a conflict.
+    interval: Duration,
     /// Until the device is dropped.
     reservation: Mutex<Option<Arc<Reservation>>>,
     /// While there is a thread that looks.
@@ -38,9 +40,16 @@ impl Guard {
     pub fn new(reservation: Reservation) -> Self {
         Self {
             fenced: AtomicBool::new(false),
+            interval: INTERVAL,
             reservation: Mutex::new(Some(Arc::new(reservation))),
             pokes: Mutex::new(None),
         }
+    }
+
+    /// Looks this often.
+    #[cfg(test)]
+    pub fn every(self, interval: Duration) -> Self {
+        Self { interval, ..self }
     }
 
     /// Starts to look after the reservation of `disk`, if it has one.
@@ -52,7 +61,7 @@ impl Guard {
         let Some(reservation) = lock(&guard.reservation).clone() else { return Ok(None) };
         let (pokes, poked) = mpsc::sync_channel(1);
         let (end, ended) = mpsc::channel();
-        let parts = Parts { disk: Arc::clone(disk), reservation, poked, end };
+        let parts = Parts { disk: Arc::clone(disk), reservation, interval: guard.interval, poked, end };
         let thread = spawner.spawn(name, Box::new(move || parts.run()))?;
         *lock(&guard.pokes) = Some(pokes);
         Ok(Some(GuardThread { thread, ended }))
@@ -113,15 +122,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Parts {
     disk: Arc<Disk>,
     reservation: Arc<Reservation>,
+    interval: Duration,
     poked: Receiver<()>,
     end: Sender<()>,
 }
 
 impl Parts {
     fn run(self) {
-        let Self { disk, reservation, poked, end } = self;
-        let mut interval = INTERVAL;
-        while poked.recv_timeout(interval) != Err(RecvTimeoutError::Disconnected) {
+        let Self { disk, reservation, interval, poked, end } = self;
+        let mut next = interval;
+        while poked.recv_timeout(next) != Err(RecvTimeoutError::Disconnected) {
             match reservation.check() {
                 Ok(Standing::Held) => {}
                 Ok(Standing::Lost { holder }) => {
@@ -136,9 +146,10 @@ impl Parts {
                     }
                 }
             }
-            match next_look(&poked) {
-                Some(next) => interval = next,
-                None => break,
+            match rest(&poked) {
+                Rested::Quietly => next = interval,
+                Rested::Poked => next = Duration::ZERO,
+                Rested::Left => break,
             }
         }
         // Releases it, if nobody did.
@@ -148,15 +159,22 @@ impl Parts {
     }
 }
 
-/// Lets some time pass, and tells how much more may until the next look; `None`: no more looks.
-fn next_look(poked: &Receiver<()>) -> Option<Duration> {
-    let rested = Instant::now() + RECOVERY;
-    let mut next = INTERVAL - RECOVERY;
+enum Rested {
+    Quietly,
+    Poked,
+    /// The device is gone.
+    Left,
+}
+
+/// Lets [`RECOVERY`] pass.
+fn rest(poked: &Receiver<()>) -> Rested {
+    let end = Instant::now() + RECOVERY;
+    let mut rested = Rested::Quietly;
     loop {
-        match poked.recv_timeout(rested.saturating_duration_since(Instant::now())) {
-            Ok(()) => next = Duration::ZERO,
-            Err(RecvTimeoutError::Timeout) => return Some(next),
-            Err(RecvTimeoutError::Disconnected) => return None,
+        match poked.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(()) => rested = Rested::Poked,
+            Err(RecvTimeoutError::Timeout) => return rested,
+            Err(RecvTimeoutError::Disconnected) => return Rested::Left,
         }
     }
 }

@@ -232,6 +232,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_holder_that_is_not_registered_holds_nothing() {
+        let holder = Some(Holder { key: 0xa, kind: Kind::OURS });
+        assert!(Table { keys: vec![0xb, 0xa], holder }.is_held_by(0xa));
+        assert!(!Table { keys: vec![0xb], holder }.is_held_by(0xa));
+        assert!(!Table { keys: vec![0xb, 0xa], holder: None }.is_held_by(0xa));
+        assert!(!Table { keys: vec![0xb, 0xa], holder }.is_held_by(0xb));
+        let other = Some(Holder { key: 0xa, kind: Kind(1) });
+        assert!(!Table { keys: vec![0xa], holder: other }.is_held_by(0xa));
+    }
+
     fn report(kind: u8, count: u16, extended: bool, entries: &[(u64, u8)]) -> Vec<u8> {
         let layout = if extended { EXTENDED } else { PLAIN };
         let mut answer = vec![7, 0, 0, 0, kind];
