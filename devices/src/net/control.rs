@@ -3,6 +3,7 @@
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::features::{self, GUEST_OFFLOADS};
+use super::filter::{Mac, Mode};
 use super::lane::Lane;
 use crate::metrics::Counter;
 use crate::virtio::StoppedQueue;
@@ -10,22 +11,41 @@ use crate::virtio::ring::{Chain, RingError};
 
 const OK: u8 = 0;
 const ERR: u8 = 1;
+const CLASS_RX: u8 = 0;
+const CLASS_MAC: u8 = 1;
+const MAC_TABLE_SET: u8 = 0;
+const MAC_ADDR_SET: u8 = 1;
+const CLASS_VLAN: u8 = 2;
+const VLAN_ADD: u8 = 0;
+const VLAN_DEL: u8 = 1;
+const CLASS_ANNOUNCE: u8 = 3;
+const ANNOUNCE_ACK: u8 = 0;
 const CLASS_MQ: u8 = 4;
 const MQ_VQ_PAIRS_SET: u8 = 0;
 const CLASS_GUEST_OFFLOADS: u8 = 5;
 const GUEST_OFFLOADS_SET: u8 = 0;
-/// The longest command that is known here is 10 bytes: what does not fit is refused unread.
-const LONGEST: usize = 64;
+/// The longest command has tables of addresses, 2700 of them here: what does not fit is refused unread.
+const LONGEST: usize = 16 << 10;
 /// Commands per turn.
 const TURN_COMMANDS: u32 = 16;
 
 /// What the driver may ask for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Command {
     /// Take these offloads, as feature bits, and no others.
     Offloads(u64),
     /// Use the first so many queue pairs.
     Pairs(u16),
+    /// Switch a mode of the receive filter.
+    Mode(Mode, bool),
+    /// Receive what is for these addresses, and no others but the card's own.
+    Tables { unicast: Vec<Mac>, multicast: Vec<Mac> },
+    /// Have another address.
+    Mac(Mac),
+    /// Receive a VLAN, or receive it no more.
+    Vlan { id: u16, wanted: bool },
+    /// The request to announce the card was heard.
+    Announced,
 }
 
 /// What became of a command.
@@ -42,6 +62,26 @@ pub(super) enum Outcome {
 pub(super) fn parse(data: &[u8], features: u64, max_pairs: u16) -> Option<Command> {
     let has = |feature| features & features::bit(feature) != 0;
     match data {
+        [CLASS_RX, mode, on @ (0 | 1)] if has(features::CTRL_RX) => {
+            let mode = *Mode::ALL.get(usize::from(*mode))?;
+            let basic = matches!(mode, Mode::Promiscuous | Mode::AllMulticast);
+            (basic || has(features::CTRL_RX_EXTRA)).then_some(Command::Mode(mode, *on == 1))
+        }
+        [CLASS_MAC, MAC_TABLE_SET, tables @ ..] if has(features::CTRL_RX) => {
+            let (unicast, rest) = table(tables)?;
+            let (multicast, rest) = table(rest)?;
+            rest.is_empty().then_some(Command::Tables { unicast, multicast })
+        }
+        [CLASS_MAC, MAC_ADDR_SET, mac @ ..] if has(features::CTRL_MAC_ADDR) => {
+            let mac: Mac = mac.try_into().ok()?;
+            let [first, ..] = mac;
+            (first & 1 == 0 && mac != [0; 6]).then_some(Command::Mac(mac))
+        }
+        [CLASS_VLAN, action @ (VLAN_ADD | VLAN_DEL), low, high] if has(features::CTRL_VLAN) => {
+            let id = u16::from_le_bytes([*low, *high]);
+            (id < 4096).then_some(Command::Vlan { id, wanted: *action == VLAN_ADD })
+        }
+        [CLASS_ANNOUNCE, ANNOUNCE_ACK] if has(features::GUEST_ANNOUNCE) => Some(Command::Announced),
         [CLASS_MQ, MQ_VQ_PAIRS_SET, low, high] if has(features::MQ) => {
             let pairs = u16::from_le_bytes([*low, *high]);
             (1..=max_pairs).contains(&pairs).then_some(Command::Pairs(pairs))
@@ -52,6 +92,15 @@ pub(super) fn parse(data: &[u8], features: u64, max_pairs: u16) -> Option<Comman
         }
         _ => None,
     }
+}
+
+/// A table of addresses behind their number, and what follows it (§5.1.6.5.2).
+fn table(data: &[u8]) -> Option<(Vec<Mac>, &[u8])> {
+    let (count, rest) = data.split_first_chunk::<4>()?;
+    let bytes = usize::try_from(u32::from_le_bytes(*count)).ok()?.checked_mul(size_of::<Mac>())?;
+    let (addresses, rest) = rest.split_at_checked(bytes)?;
+    let addresses = addresses.chunks_exact(size_of::<Mac>()).filter_map(|address| address.try_into().ok());
+    Some((addresses.collect(), rest))
 }
 
 /// Where the answer to a command goes.
@@ -65,6 +114,8 @@ struct Answer {
 pub(super) struct Control {
     pub(super) lane: Lane,
     chain: Chain,
+    /// The command that is being read.
+    data: Vec<u8>,
     features: u64,
     max_pairs: u16,
     interrupts: Counter,
@@ -78,6 +129,7 @@ impl Control {
         Self {
             chain: Chain::with_capacity(lane.ring.chain_limit().into()),
             lane,
+            data: Vec::new(),
             features,
             max_pairs,
             interrupts: Counter::default(),
@@ -126,17 +178,20 @@ impl Control {
     }
 
     /// Reads the command in the chain at `head`.
-    fn read(&self, memory: &GuestMemoryMmap, head: u16) -> Result<Option<Command>, RingError> {
-        let mut data = [0; LONGEST];
-        let mut length = 0;
+    fn read(&mut self, memory: &GuestMemoryMmap, head: u16) -> Result<Option<Command>, RingError> {
+        self.data.clear();
         for piece in self.chain.readable() {
-            let end = usize::try_from(piece.length).unwrap_or(usize::MAX).saturating_add(length);
-            let Some(part) = data.get_mut(length..end) else { return Ok(None) };
+            let start = self.data.len();
+            let end = usize::try_from(piece.length).unwrap_or(usize::MAX).saturating_add(start);
+            if end > LONGEST {
+                return Ok(None);
+            }
+            self.data.resize(end, 0);
             let unmapped = RingError::Unmapped { head, address: piece.address };
+            let part = self.data.get_mut(start..).unwrap_or_default();
             memory.read_slice(part, GuestAddress(piece.address)).map_err(|_| unmapped)?;
-            length = end;
         }
-        Ok(data.get(..length).and_then(|data| parse(data, self.features, self.max_pairs)))
+        Ok(parse(&self.data, self.features, self.max_pairs))
     }
 
     /// Answers the command that waited.
@@ -189,6 +244,9 @@ mod tests {
             vec![4, 1, 1, 0],
             vec![0, 0, 1],
             vec![2, 0, 1, 0],
+            vec![1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            vec![1, 1, 2, 0, 0, 0, 0, 1],
+            vec![3, 0],
             vec![255, 255, 1, 0],
             offloads(bit(features::GUEST_TSO6)),
             offloads(bit(features::CSUM)),
@@ -198,5 +256,45 @@ mod tests {
         }
         assert_eq!(parse(&[4, 0, 1, 0], 0, 4), None);
         assert_eq!(parse(&offloads(0), 0, 4), None);
+    }
+
+    #[test]
+    fn filter_commands_are_read_whole_or_not_at_all() {
+        use crate::net::features::{CTRL_MAC_ADDR, CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, GUEST_ANNOUNCE};
+        let all = [CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, CTRL_MAC_ADDR, GUEST_ANNOUNCE];
+        let features = all.into_iter().fold(0, |all, feature| all | bit(feature));
+        let parse = |data: &[u8]| super::parse(data, features, 1);
+        assert_eq!(parse(&[0, 0, 1]), Some(Command::Mode(Mode::Promiscuous, true)));
+        assert_eq!(parse(&[0, 5, 0]), Some(Command::Mode(Mode::NoBroadcast, false)));
+        assert_eq!(super::parse(&[0, 2, 1], bit(CTRL_RX), 1), None, "needs CTRL_RX_EXTRA");
+        assert_eq!(super::parse(&[0, 1, 1], bit(CTRL_RX), 1), Some(Command::Mode(Mode::AllMulticast, true)));
+        assert_eq!(parse(&[2, 0, 0xff, 0x0f]), Some(Command::Vlan { id: 4095, wanted: true }));
+        assert_eq!(parse(&[2, 1, 1, 0]), Some(Command::Vlan { id: 1, wanted: false }));
+        assert_eq!(parse(&[1, 1, 2, 0, 0, 0, 0, 1]), Some(Command::Mac([2, 0, 0, 0, 0, 1])));
+        assert_eq!(parse(&[3, 0]), Some(Command::Announced));
+        let tables = [&[1, 0][..], &[1, 0, 0, 0], &[2, 0, 0, 0, 0, 9], &[2, 0, 0, 0], &[1; 12]].concat();
+        let expected = Command::Tables { unicast: vec![[2, 0, 0, 0, 0, 9]], multicast: vec![[1; 6], [1; 6]] };
+        assert_eq!(parse(&tables), Some(expected));
+        for length in 2..tables.len() {
+            assert_eq!(parse(&tables[..length]), None, "cut after {length} bytes");
+        }
+        for refused in [
+            &[0, 6, 1][..],
+            &[0, 0, 2],
+            &[0, 0],
+            &[0, 0, 1, 0],
+            &[2, 0, 0, 0x10],
+            &[2, 2, 1, 0],
+            &[1, 1, 1, 0, 0, 0, 0, 1],
+            &[1, 1, 0, 0, 0, 0, 0, 0],
+            &[1, 1, 2, 0, 0, 0, 0],
+            &[1, 2],
+            &[3, 1],
+            &[3, 0, 0],
+            &[1, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0],
+            &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ] {
+            assert_eq!(parse(refused), None, "{refused:?}");
+        }
     }
 }

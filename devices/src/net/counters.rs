@@ -29,6 +29,8 @@ pub(super) struct RxDrops {
     pub(super) oversize: Counter,
     /// Needs an offload that the driver has switched off.
     pub(super) offload: Counter,
+    /// Not wanted by the driver.
+    pub(super) filtered: Counter,
     /// Was in the tap before the driver was, or was cut in two by a stop.
     pub(super) stale: Counter,
     /// The tap gave an error instead of a frame.
@@ -45,6 +47,8 @@ pub(super) struct TxDrops {
     pub(super) oversize: Counter,
     /// Too short, with device-writable parts, or with too many parts.
     pub(super) malformed: Counter,
+    /// Under an address that is not the card's.
+    pub(super) spoofed: Counter,
     /// The kernel refused the frame, most often for its header.
     pub(super) refused: Counter,
     /// The tap is down or gone.
@@ -76,12 +80,14 @@ impl PairCounters {
             ("net_rx_drops", "link_down", &rx.link_down),
             ("net_rx_drops", "oversize", &rx.oversize),
             ("net_rx_drops", "offload", &rx.offload),
+            ("net_rx_drops", "filtered", &rx.filtered),
             ("net_rx_drops", "stale", &rx.stale),
             ("net_rx_drops", "tap_error", &rx.tap_error),
             ("net_rx_drops", "bad_buffer", &rx.bad_buffer),
             ("net_tx_drops", "link_down", &tx.link_down),
             ("net_tx_drops", "oversize", &tx.oversize),
             ("net_tx_drops", "malformed", &tx.malformed),
+            ("net_tx_drops", "spoofed", &tx.spoofed),
             ("net_tx_drops", "refused", &tx.refused),
             ("net_tx_drops", "tap_error", &tx.tap_error),
         ];

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::features::{self, GUEST_OFFLOADS};
 use super::lane::Lane;
-use super::shared::Shared;
+use super::shared::{CardOptions, Shared};
 use super::tap::{MAX_QUEUES, Tap};
 use super::worker::{Message, Start, Worker};
 use crate::metrics::MetricSource;
@@ -46,6 +46,8 @@ pub struct NetOptions {
     pub mtu: Option<u16>,
     /// Whether the link is up at first.
     pub link_up: bool,
+    /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
+    pub antispoof: bool,
 }
 
 /// Why a network card could not be made.
@@ -134,6 +136,12 @@ impl NetHandle {
         self.shared.set_link(up);
     }
 
+    /// Tells the network where the card is, as after a move: reverse ARP through the tap, and a request to the driver if it takes
+    /// such; five times within a second.
+    pub fn announce(&self) {
+        self.shared.announce();
+    }
+
     /// The state of the card.
     #[must_use]
     pub fn state(&self) -> NetState {
@@ -175,7 +183,6 @@ pub struct VirtioNet {
     workers: Vec<WorkerHandle>,
     queue_sizes: Vec<u16>,
     features: u64,
-    mac: [u8; 6],
     mtu: u16,
     lifecycle: Lifecycle,
     /// Queues that the driver enabled but cannot use with the features that it took: kept as they are.
@@ -195,7 +202,7 @@ impl VirtioNet {
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, NetError> {
         check(&options)?;
-        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up } = options;
+        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof } = options;
         let host = |action| {
             let id = id.clone();
             move |error| NetError::Host { id, action, error }
@@ -204,15 +211,15 @@ impl VirtioNet {
         let wakes: io::Result<Vec<EventFd>> = (0..queue_pairs).map(|_| wake()).collect();
         let wakes = wakes.map_err(host("make an eventfd"))?;
         let features = offered(&tap, queue_pairs, mtu);
-        let shared = Arc::new(Shared::new(id.clone(), tap, wakes, link_up, notifier));
+        let card = CardOptions { id: id.clone(), mac, antispoof, link_up };
+        let shared = Arc::new(Shared::new(card, tap, wakes, notifier));
         let mut queue_sizes = vec![queue_size; usize::from(queue_pairs) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         let workers = Vec::new();
         let mtu = mtu.unwrap_or(0);
         let lifecycle = Lifecycle::Stopped;
         // Complete before the first thread, so that a failure half-way ends the threads made so far.
-        let mut card =
-            Self { shared, workers, queue_sizes, features, mac, mtu, lifecycle, idle: Vec::new(), fresh: true };
+        let mut card = Self { shared, workers, queue_sizes, features, mtu, lifecycle, idle: Vec::new(), fresh: true };
         for index in 0..usize::from(queue_pairs) {
             let (messages, inbox) = mpsc::channel();
             let (outbox, stopped) = mpsc::channel();
@@ -232,10 +239,13 @@ impl VirtioNet {
 
     fn config(&self) -> [u8; 24] {
         let link = u16::from(self.shared.link_up.load(Ordering::SeqCst));
+        let announce = u16::from(self.shared.announcing.load(Ordering::SeqCst)) << 1;
+        let (_, filter) = self.shared.filter();
+        let mac = filter.mac();
         let mut config = [0; 24];
         let fields: [(usize, &[u8]); 6] = [
-            (0, &self.mac),
-            (6, &link.to_le_bytes()),
+            (0, &mac),
+            (6, &(link | announce).to_le_bytes()),
             (8, &self.shared.max_pairs().to_le_bytes()),
             (10, &self.mtu.to_le_bytes()),
             (12, &SPEED.to_le_bytes()),
@@ -340,6 +350,7 @@ impl VirtioDevice for VirtioNet {
         if self.fresh {
             self.shared.pairs.store(1, Ordering::SeqCst);
             self.shared.offloads.store(activation.features & GUEST_OFFLOADS, Ordering::SeqCst);
+            self.shared.forget_filter(activation.has(features::CTRL_VLAN));
         }
         self.shared.pairs_waiting.store(0, Ordering::SeqCst);
         let signals: Weak<dyn TransportSignals> = Arc::downgrade(&activation.signals);
@@ -386,6 +397,8 @@ impl VirtioDevice for VirtioNet {
         self.fresh = true;
         self.shared.pairs.store(1, Ordering::SeqCst);
         self.shared.offloads.store(0, Ordering::SeqCst);
+        self.shared.announcing.store(false, Ordering::SeqCst);
+        self.shared.forget_filter(false);
     }
 
     fn metrics(&self) -> Arc<dyn MetricSource> {
@@ -428,6 +441,11 @@ fn offered(tap: &Tap, queue_pairs: u16, mtu: Option<u16>) -> u64 {
         MRG_RXBUF,
         STATUS,
         CTRL_VQ,
+        CTRL_RX,
+        CTRL_VLAN,
+        CTRL_RX_EXTRA,
+        GUEST_ANNOUNCE,
+        CTRL_MAC_ADDR,
         SPEED_DUPLEX,
     ]
     .into_iter()

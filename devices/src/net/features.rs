@@ -30,8 +30,18 @@ pub const MRG_RXBUF: u32 = 15;
 pub const STATUS: u32 = 16;
 /// There is a control queue.
 pub const CTRL_VQ: u32 = 17;
+/// The driver says which frames it wants to receive.
+pub const CTRL_RX: u32 = 18;
+/// The driver says which VLANs it wants to receive.
+pub const CTRL_VLAN: u32 = 19;
+/// The driver says more exactly which frames it wants to receive.
+pub const CTRL_RX_EXTRA: u32 = 20;
+/// The driver tells the network where it is when it is asked to.
+pub const GUEST_ANNOUNCE: u32 = 21;
 /// There are several queue pairs.
 pub const MQ: u32 = 22;
+/// The driver may change the MAC address.
+pub const CTRL_MAC_ADDR: u32 = 23;
 /// Driver takes USOv4.
 pub const GUEST_USO4: u32 = 54;
 /// Driver takes USOv6.

@@ -6,10 +6,12 @@
 //! how frames travel: another one (vhost-net) takes the place of `rx` and `tx` in a worker, with the same features, control
 //! queue and lifecycle before it.
 
+mod announce;
 mod control;
 mod counters;
 pub mod device;
 pub mod features;
+mod filter;
 mod lane;
 mod rx;
 mod shared;

@@ -10,6 +10,7 @@ use std::io;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::counters::PairCounters;
+use super::filter::LOOKED_AT;
 use super::lane::Lane;
 use super::sys::{MAX_SEGMENTS, Segments};
 use super::tap::HEADER_SIZE;
@@ -265,10 +266,16 @@ impl Rx {
         if total < HEADER_SIZE {
             return Ok(());
         }
-        let mut kind = [0; 2];
-        read_at(&self.places, context.memory, 0, &mut kind)?;
-        if !features::takes(context.offloads, kind[0], kind[1]) {
+        let mut head = [0; HEADER_SIZE + LOOKED_AT];
+        let known = head.get_mut(..total.min(HEADER_SIZE + LOOKED_AT)).unwrap_or_default();
+        read_at(&self.places, context.memory, 0, known)?;
+        let [flags, gso_type, _, _, _, _, _, _, _, _, _, _, start @ ..] = head;
+        if !features::takes(context.offloads, flags, gso_type) {
             context.counters.rx_drops.offload.increment();
+            return Ok(());
+        }
+        if !context.filter.accepts(&start) {
+            context.counters.rx_drops.filtered.increment();
             return Ok(());
         }
         let (mut chains, mut room) = (0u16, 0usize);

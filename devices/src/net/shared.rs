@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::control::Command;
 use super::counters::PairCounters;
+use super::filter::{Filter, Mac};
 use super::tap::{HEADER_SIZE, Tap};
 use super::{ETHERNET, MAX_FRAME};
 use crate::metrics::{MetricSource, Sample};
@@ -27,6 +28,18 @@ pub(super) struct Shared {
     pub(super) purges: AtomicU64,
     /// Offloads that the driver takes: feature bits. Set by the first worker.
     pub(super) offloads: AtomicU64,
+    /// What the driver wants to receive. Set by the first worker.
+    filter: Mutex<Arc<Filter>>,
+    /// Grows with each change of `filter`.
+    filter_generation: AtomicU64,
+    /// The address that the card has by its configuration.
+    pub(super) mac: Mac,
+    /// Drop what the driver sends under another address.
+    pub(super) antispoof: bool,
+    /// The driver is asked to announce the card, and has not answered.
+    pub(super) announcing: AtomicBool,
+    /// Grows with each request to announce the card.
+    pub(super) announcements: AtomicU64,
     /// Queue pairs in use. Set by the first worker.
     pub(super) pairs: AtomicU16,
     /// Grows with each change of `pairs`.
@@ -41,14 +54,17 @@ pub(super) struct Shared {
     notifier: Arc<dyn DeviceNotifier>,
 }
 
+/// What a card is by its configuration.
+pub(super) struct CardOptions {
+    pub(super) id: String,
+    pub(super) mac: Mac,
+    pub(super) antispoof: bool,
+    pub(super) link_up: bool,
+}
+
 impl Shared {
-    pub(super) fn new(
-        id: String,
-        tap: Tap,
-        wakes: Vec<EventFd>,
-        link_up: bool,
-        notifier: Arc<dyn DeviceNotifier>,
-    ) -> Self {
+    pub(super) fn new(card: CardOptions, tap: Tap, wakes: Vec<EventFd>, notifier: Arc<dyn DeviceNotifier>) -> Self {
+        let CardOptions { id, mac, antispoof, link_up } = card;
         // The tap's MTU may change while we run; this is only how much room is kept ready.
         let mtu = tap.mtu().and_then(|mtu| usize::try_from(mtu).ok()).unwrap_or(1500);
         Self {
@@ -60,6 +76,12 @@ impl Shared {
             link_up: AtomicBool::new(link_up),
             purges: AtomicU64::new(0),
             offloads: AtomicU64::new(0),
+            filter: Mutex::new(Arc::new(Filter::new(mac, false))),
+            filter_generation: AtomicU64::new(0),
+            mac,
+            antispoof,
+            announcing: AtomicBool::new(false),
+            announcements: AtomicU64::new(0),
             pairs: AtomicU16::new(1),
             pairs_generation: AtomicU64::new(0),
             pairs_waiting: AtomicU16::new(0),
@@ -74,6 +96,47 @@ impl Shared {
     /// Queue pairs that the driver could use.
     pub(super) fn max_pairs(&self) -> u16 {
         u16::try_from(self.wakes.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The filter, with its generation.
+    pub(super) fn filter(&self) -> (u64, Arc<Filter>) {
+        let filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.filter_generation.load(Ordering::SeqCst), Arc::clone(&filter))
+    }
+
+    /// Whether the filter is still the one with this generation.
+    pub(super) fn is_filter(&self, generation: u64) -> bool {
+        self.filter_generation.load(Ordering::SeqCst) == generation
+    }
+
+    pub(super) fn change_filter(&self, change: impl FnOnce(&mut Filter)) {
+        let mut filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
+        change(Arc::make_mut(&mut filter));
+        self.filter_generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// As before the first driver.
+    pub(super) fn forget_filter(&self, vlans: bool) {
+        self.change_filter(|filter| *filter = Filter::new(self.mac, vlans));
+    }
+
+    /// Asks the network, and the driver if it takes such requests, to hear where the card is.
+    pub(super) fn announce(&self) {
+        self.announcements.fetch_add(1, Ordering::SeqCst);
+        self.wake(0);
+    }
+
+    /// Asks the driver to announce the card.
+    pub(super) fn ask_to_announce(&self) {
+        self.announcing.store(true, Ordering::SeqCst);
+        self.config_changed();
+    }
+
+    fn config_changed(&self) {
+        let signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(signals) = signals.and_then(|signals| signals.upgrade()) {
+            signals.config_changed();
+        }
     }
 
     pub(super) fn wake(&self, worker: usize) {
@@ -102,10 +165,7 @@ impl Shared {
             self.purges.fetch_add(1, Ordering::SeqCst);
         }
         self.wake_all();
-        let signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(signals) = signals.and_then(|signals| signals.upgrade()) {
-            signals.config_changed();
-        }
+        self.config_changed();
     }
 
     pub(super) fn notify(&self, event: DeviceEvent) {
@@ -124,7 +184,7 @@ impl Shared {
     }
 
     /// The tap refused what the driver asked for. Logged the first time only: the driver can ask as often as it likes.
-    pub(super) fn command_refused(&self, command: Command, error: &io::Error) {
+    pub(super) fn command_refused(&self, command: &Command, error: &io::Error) {
         if !self.command_refused.swap(true, Ordering::Relaxed) {
             let tap = self.tap.name();
             tracing::warn!(nic = self.id, tap, ?command, %error, "the tap refuses what the driver asks for; so does the NIC");

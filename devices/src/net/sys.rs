@@ -140,6 +140,13 @@ pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
 }
 
+/// Sends `frame`, with its header before it.
+pub(super) fn send(fd: BorrowedFd<'_>, frame: &[u8]) -> io::Result<()> {
+    // SAFETY: the pointer and the length are those of `frame`, which the kernel only reads.
+    let done = unsafe { libc::write(fd.as_raw_fd(), frame.as_ptr().cast(), frame.len()) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// An array of segments of guest RAM, in the form that `readv` and `writev` take. Made once, reused for every frame.
 ///
 /// The segments are good as long as the memory map lives that they were made from: whoever holds this holds the map.
@@ -196,7 +203,27 @@ impl Segments {
         Ok(())
     }
 
-    /// Sends the segments from `first` on as one frame; says how many bytes were taken.
+    /// Puts `start`, which is sent instead of the first bytes of the frame, before the rest of it. The caller keeps it where it is
+    /// until the frame was sent. Nothing happens if the segments hold less.
+    pub(super) fn replace_start(&mut self, start: &mut [u8]) {
+        let mut left = start.len();
+        let gone = self.list.iter().take_while(|segment| match left.checked_sub(segment.iov_len) {
+            Some(rest) => {
+                left = rest;
+                true
+            }
+            None => false,
+        });
+        let gone = gone.count();
+        self.list.drain(..gone);
+        if let Some(first) = self.list.first_mut().filter(|_| left > 0) {
+            first.iov_base = first.iov_base.wrapping_byte_add(left);
+            first.iov_len -= left;
+        }
+        self.list.insert(0, libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });
+    }
+
+    /// Sends the segments as one frame; says how many bytes were taken.
     pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let count = self.list.len().min(MAX_SEGMENTS);
         // SAFETY: every segment lies in guest RAM that is mapped as long as its map lives, which the caller holds. The kernel

@@ -2,8 +2,11 @@
 
 use std::io;
 
+use vm_memory::{Bytes, GuestAddress};
+
 use super::lane::Lane;
 use super::sys::{MAX_SEGMENTS, Segments};
+use super::tap::HEADER_SIZE;
 use super::worker::Context;
 use super::{MAX_FRAME, MIN_FRAME};
 use crate::virtio::ring::{Chain, RingError};
@@ -12,11 +15,16 @@ use crate::virtio::ring::{Chain, RingError};
 const TURN_CHAINS: u32 = 64;
 const TURN_BYTES: usize = 256 << 10;
 
+/// The header of virtio and the two addresses.
+const START: usize = HEADER_SIZE + 12;
+
 /// One transmit queue.
 pub(super) struct Tx {
     pub(super) lane: Lane,
     chain: Chain,
     segments: Segments,
+    /// The header and the addresses of the frame, where the driver cannot change them after they were looked at.
+    start: Box<[u8; START]>,
     /// There may be chains in the ring.
     pub(super) pending: bool,
     /// The tap is full: nothing to do until it is writable.
@@ -36,7 +44,9 @@ impl Tx {
         Self {
             chain: Chain::with_capacity(lane.ring.chain_limit().into()),
             lane,
-            segments: Segments::with_capacity(MAX_SEGMENTS),
+            // One more for the start of the frame.
+            segments: Segments::with_capacity(MAX_SEGMENTS + 1),
+            start: Box::new([0; START]),
             pending: true,
             blocked: false,
             broken: false,
@@ -112,7 +122,30 @@ impl Tx {
             drops.link_down.increment();
             return Ok(Sent::Dropped);
         }
+        if context.shared.antispoof && !self.is_own(context, head)? {
+            drops.spoofed.increment();
+            return Ok(Sent::Dropped);
+        }
+        if self.segments.len() > MAX_SEGMENTS {
+            // The start of the frame needed one more.
+            drops.malformed.increment();
+            return Ok(Sent::Dropped);
+        }
         Ok(self.write(context, total))
+    }
+
+    /// Whether the frame goes out under the card's own address, which is made sure of.
+    fn is_own(&mut self, context: &Context<'_>, head: u16) -> Result<bool, RingError> {
+        let mut left = self.start.as_mut_slice();
+        for piece in self.chain.readable() {
+            let length = left.len().min(usize::try_from(piece.length).unwrap_or(usize::MAX));
+            let (now, later) = left.split_at_mut(length);
+            let unmapped = RingError::Unmapped { head, address: piece.address };
+            context.memory.read_slice(now, GuestAddress(piece.address)).map_err(|_| unmapped)?;
+            left = later;
+        }
+        self.segments.replace_start(self.start.as_mut_slice());
+        Ok(self.start.last_chunk() == Some(&context.shared.mac))
     }
 
     fn write(&self, context: &Context<'_>, total: usize) -> Sent {
@@ -120,7 +153,7 @@ impl Tx {
         loop {
             let Err(error) = self.segments.write_to(context.tap) else {
                 context.shared.tap_works();
-                return Sent::Done(total - super::tap::HEADER_SIZE);
+                return Sent::Done(total - HEADER_SIZE);
             };
             match error.kind() {
                 io::ErrorKind::Interrupted => continue,

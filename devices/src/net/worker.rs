@@ -8,18 +8,21 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::Instant;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::announce::{self, Rounds};
 use super::control::{Command, Control, Outcome};
 use super::counters::PairCounters;
 use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit, tap_offload};
+use super::filter::Filter;
 use super::lane::Lane;
 use super::rx::Rx;
 use super::shared::Shared;
 use super::tx::Tx;
-use super::{MAX_FRAME, features};
+use super::{MAX_FRAME, features, sys};
 use crate::virtio::ring::RingError;
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{DeviceEvent, GuestMemory};
@@ -60,6 +63,7 @@ pub(super) struct Context<'a> {
     pub(super) memory: &'a GuestMemoryMmap,
     pub(super) tap: BorrowedFd<'a>,
     pub(super) link_up: bool,
+    pub(super) filter: &'a Filter,
     pub(super) offloads: u64,
     /// Room to keep ready for the next frame, in bytes.
     pub(super) largest_frame: usize,
@@ -75,6 +79,10 @@ struct Running {
     signals: Arc<dyn TransportSignals>,
     pairs_generation: u64,
     purge_turns: u32,
+    /// The filter as it was seen last, with its generation.
+    filter: (u64, Arc<Filter>),
+    /// Whether the driver takes requests to announce itself.
+    announces: bool,
 }
 
 pub(super) struct Worker {
@@ -87,6 +95,10 @@ pub(super) struct Worker {
     carrier: bool,
     /// [`Shared::purges`] as it was seen last.
     purges: u64,
+    /// [`Shared::announcements`] as it was seen last.
+    announcements: u64,
+    /// An announcement that is under way. The first worker makes it.
+    rounds: Option<Rounds>,
 }
 
 impl Worker {
@@ -102,7 +114,18 @@ impl Worker {
             let event = EpollEvent::new(EventSet::IN, WAKE);
             epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
         }
-        Ok(Self { index, shared, messages, stopped, epoll, running: None, carrier: true, purges: 0 })
+        Ok(Self {
+            index,
+            shared,
+            messages,
+            stopped,
+            epoll,
+            running: None,
+            carrier: true,
+            purges: 0,
+            announcements: 0,
+            rounds: None,
+        })
     }
 
     /// The body of the thread.
@@ -115,7 +138,7 @@ impl Worker {
         let mut more = false;
         self.follow_link();
         loop {
-            let ready = match self.epoll.wait(if more { 0 } else { -1 }, &mut events) {
+            let ready = match self.epoll.wait(self.timeout(more), &mut events) {
                 Ok(ready) => ready,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => {
@@ -132,7 +155,44 @@ impl Worker {
                     running.mark(event.data(), event.event_set(), counters);
                 }
             }
+            self.announce(tap);
             more = self.turn(counters, tap);
+        }
+    }
+
+    /// How long to wait for events, in milliseconds; -1: for ever.
+    fn timeout(&self, more: bool) -> i32 {
+        let due = self.rounds.map(|rounds| rounds.next().saturating_duration_since(Instant::now()));
+        match (more, due) {
+            (true, _) => 0,
+            // Rounded up: it is due when the wait is over.
+            (false, Some(left)) => i32::try_from(left.as_millis()).unwrap_or(i32::MAX - 1) + i32::from(!left.is_zero()),
+            (false, None) => -1,
+        }
+    }
+
+    /// Does a round of an announcement if one is due.
+    fn announce(&mut self, tap: BorrowedFd<'_>) {
+        let shared = &self.shared;
+        if self.index > 0 {
+            return;
+        }
+        let now = Instant::now();
+        let wanted = shared.announcements.load(Ordering::SeqCst);
+        if std::mem::replace(&mut self.announcements, wanted) != wanted {
+            self.rounds = Some(Rounds::begin(now));
+        }
+        let Some(rounds) = self.rounds.take_if(|rounds| rounds.next() <= now) else { return };
+        self.rounds = rounds.after(now);
+        if !shared.link_up.load(Ordering::SeqCst) {
+            return;
+        }
+        let (_, filter) = shared.filter();
+        if let Err(error) = sys::send(tap, &announce::rarp(filter.mac())) {
+            tracing::warn!(nic = shared.id, tap = shared.tap.name(), %error, "an announcement could not be sent");
+        }
+        if self.running.as_ref().is_some_and(|running| running.announces) {
+            shared.ask_to_announce();
         }
     }
 
@@ -181,6 +241,8 @@ impl Worker {
             signals: start.signals,
             pairs_generation: start.pairs_generation,
             purge_turns: if start.fresh { PURGE_TURNS } else { 0 },
+            filter: shared.filter(),
+            announces: start.features & bit(features::GUEST_ANNOUNCE) != 0,
         };
         for (kick, token) in running.kicks() {
             self.watch(ControlOperation::Add, kick, token, EventSet::IN);
@@ -246,6 +308,9 @@ impl Worker {
         let Some(running) = &mut self.running else { return false };
         let shared = &*self.shared;
         running.follow_memory(counters);
+        if !shared.is_filter(running.filter.0) {
+            running.filter = shared.filter();
+        }
         let purges = shared.purges.load(Ordering::SeqCst);
         if std::mem::replace(&mut self.purges, purges) != purges {
             running.purge_turns = PURGE_TURNS;
@@ -337,6 +402,7 @@ impl Running {
             memory: &self.map,
             tap,
             link_up: shared.link_up.load(Ordering::SeqCst),
+            filter: &self.filter.1,
             offloads,
             largest_frame: if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
         };
@@ -372,20 +438,40 @@ fn fail(shared: &Shared, signals: &Arc<dyn TransportSignals>, error: &RingError)
 
 /// Carries out a command of the control queue. Runs on the first worker only.
 fn obey(shared: &Shared, command: Command) -> Outcome {
-    let done = match command {
-        Command::Offloads(offloads) => {
+    let done = match &command {
+        &Command::Offloads(offloads) => {
             let done = shared.tap.set_offload(tap_offload(offloads));
             if done.is_ok() {
                 shared.offloads.store(offloads, Ordering::SeqCst);
             }
             done
         }
-        Command::Pairs(pairs) => {
+        &Command::Pairs(pairs) => {
             shared.tap.use_queues(pairs.into()).map(|()| shared.pairs.store(pairs, Ordering::SeqCst))
+        }
+        &Command::Mode(mode, on) => {
+            shared.change_filter(|filter| filter.set_mode(mode, on));
+            Ok(())
+        }
+        Command::Tables { unicast, multicast } => {
+            shared.change_filter(|filter| filter.set_tables(unicast.clone(), multicast.clone()));
+            Ok(())
+        }
+        &Command::Mac(mac) => {
+            shared.change_filter(|filter| filter.set_mac(mac));
+            Ok(())
+        }
+        &Command::Vlan { id, wanted } => {
+            shared.change_filter(|filter| filter.set_vlan(id, wanted));
+            Ok(())
+        }
+        Command::Announced => {
+            shared.announcing.store(false, Ordering::SeqCst);
+            Ok(())
         }
     };
     if let Err(error) = done {
-        shared.command_refused(command, &error);
+        shared.command_refused(&command, &error);
         return Outcome::Refused;
     }
     let others = shared.max_pairs().saturating_sub(1);

@@ -19,6 +19,7 @@ pub fn open(config: &NicConfig, host: &Host) -> Result<(VirtioNet, LiveNic), Ass
         queue_size: config.queue_size,
         mtu: config.mtu,
         link_up: config.link == Link::Up,
+        antispoof: false,
     };
     let device = VirtioNet::new(options, &*host.spawner, host.notifier.clone())
         .map_err(|source| AssemblyError::Nic { id: id(), source })?;
