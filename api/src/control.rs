@@ -54,6 +54,8 @@ pub enum Request {
     PutNic(Box<NicConfig>),
     /// Change a NIC. Answer: [`Response::Nic`].
     PatchNic(String, Box<NicPatch>),
+    /// Tell the network where a NIC is. Answer: [`Response::Nic`].
+    AnnounceNic(String),
     /// Remove a NIC. Answer: [`Response::Deleted`].
     DeleteNic(String),
 }
@@ -73,7 +75,9 @@ impl Request {
             Self::Forget => RequestKind::Forget,
             Self::Act(action) => RequestKind::Act(*action),
             Self::PutDisk(_) | Self::DeleteDisk(_) | Self::PutNic(_) | Self::DeleteNic(_) => RequestKind::EditDevices,
-            Self::PatchDisk(..) | Self::PatchDiskGroup(..) | Self::PatchNic(..) => RequestKind::PatchDevice,
+            Self::PatchDisk(..) | Self::PatchDiskGroup(..) | Self::PatchNic(..) | Self::AnnounceNic(_) => {
+                RequestKind::PatchDevice
+            }
         }
     }
 }

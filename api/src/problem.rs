@@ -228,6 +228,11 @@ impl Problem {
         )
     }
 
+    /// The answer when something needs a guest and there is none.
+    pub fn no_guest(what: &str) -> Self {
+        Self::new(Code::WrongState, format!("there is no guest: {what} is not possible"), "boot the VM first")
+    }
+
     /// The answer when `id` names no NIC.
     pub fn no_such_nic(id: &str) -> Self {
         Self::new(

@@ -13,6 +13,7 @@ pub mod bus;
 pub mod chipset;
 pub mod console;
 pub mod interrupt;
+pub mod limiter;
 pub mod metrics;
 pub mod net;
 pub mod pci;

@@ -258,7 +258,12 @@ pub enum NicCommand {
         #[command(flatten)]
         options: NicOptions,
     },
-    /// Change a NIC; while the guest runs, only --link is possible
+    /// Tell the network where a NIC is, as after a move
+    Announce {
+        /// The id of the NIC
+        id: String,
+    },
+    /// Change a NIC; while the guest runs, only its link and its limits
     Patch {
         /// The id of the NIC
         id: String,
@@ -272,7 +277,7 @@ pub enum NicCommand {
         #[command(flatten)]
         options: NicOptions,
         /// Put a property back to its default (may be given several times)
-        #[arg(long, value_name = "PROPERTY", value_parser = ["queues", "queue_size", "mtu", "link", "slot"])]
+        #[arg(long, value_name = "PROPERTY", value_parser = ["queues", "queue_size", "mtu", "link", "slot", "antispoof", "rx_limits", "tx_limits"])]
         unset: Vec<String>,
     },
     /// Remove a NIC; its tap stays
@@ -285,6 +290,21 @@ pub enum NicCommand {
 /// Properties of a NIC.
 #[derive(Debug, Args)]
 pub struct NicOptions {
+    /// Drop what the guest sends under another address
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub antispoof: Option<bool>,
+    /// Frames per second that the guest may receive; 0: no limit
+    #[arg(long, value_name = "N")]
+    pub rx_packets: Option<u64>,
+    /// Bytes per second that the guest may receive, such as 100MiB; 0: no limit
+    #[arg(long, value_name = "SIZE")]
+    pub rx_bytes: Option<ByteSize>,
+    /// Frames per second that the guest may send; 0: no limit
+    #[arg(long, value_name = "N")]
+    pub tx_packets: Option<u64>,
+    /// Bytes per second that the guest may send; 0: no limit
+    #[arg(long, value_name = "SIZE")]
+    pub tx_bytes: Option<ByteSize>,
     /// Pairs of queues, 1 to 16
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,

@@ -2,7 +2,7 @@
 
 use rackvisor_api::client::Client;
 use rackvisor_api::config::{
-    DiskConfig, DiskGroupPatch, DiskPatch, LimitsPatch, NicConfig, NicPatch, Patch, ReservationConfig,
+    DiskConfig, DiskGroupPatch, DiskPatch, LimitsPatch, NicConfig, NicLimitsPatch, NicPatch, Patch, ReservationConfig,
 };
 use rackvisor_api::size::ByteSize;
 
@@ -54,6 +54,7 @@ pub fn nic(client: &Client, output: &Output, command: &NicCommand) -> Result<(),
             let patch = NicPatch { tap: set(tap), mac: set(mac), ..nic_patch(options, unset) };
             output.value(&client.patch_nic(id, &patch)?, tables::nic)
         }
+        NicCommand::Announce { id } => output.value(&client.announce_nic(id)?, tables::nic),
         NicCommand::Remove { id } => {
             client.delete_nic(id)?;
             output.done(&format!("NIC {id} is removed"))
@@ -96,10 +97,18 @@ fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
 }
 
 /// 0 takes a limit away.
+fn limit<T: Copy + Default + PartialEq>(value: Option<T>) -> Patch<T> {
+    value.map_or(Patch::Keep, |value| if value == T::default() { Patch::Clear } else { Patch::Set(value) })
+}
+
+fn nic_limits(packets: Option<u64>, bytes: Option<ByteSize>, name: &str, unset: &[String]) -> Patch<NicLimitsPatch> {
+    let (packets_per_second, bytes_per_second) = (limit(packets), limit(bytes));
+    let patch = NicLimitsPatch { packets_per_second, bytes_per_second, ..NicLimitsPatch::default() };
+    let given = (patch != NicLimitsPatch::default()).then_some(patch);
+    property(&given, name, unset)
+}
+
 fn limits_patch(options: &LimitOptions, unset: &[String]) -> Patch<LimitsPatch> {
-    fn limit<T: Copy + Default + PartialEq>(value: Option<T>) -> Patch<T> {
-        value.map_or(Patch::Keep, |value| if value == T::default() { Patch::Clear } else { Patch::Set(value) })
-    }
     let patch = LimitsPatch {
         ops_per_second: limit(options.ops),
         ops_burst: limit(options.ops_burst),
@@ -118,6 +127,9 @@ fn nic_patch(options: &NicOptions, unset: &[String]) -> NicPatch {
         queue_size: property(&options.queue_size, "queue_size", unset),
         mtu: property(&options.mtu, "mtu", unset),
         link: property(&options.link, "link", unset),
+        antispoof: property(&options.antispoof, "antispoof", unset),
+        rx_limits: nic_limits(options.rx_packets, options.rx_bytes, "rx_limits", unset),
+        tx_limits: nic_limits(options.tx_packets, options.tx_bytes, "tx_limits", unset),
         slot: property(&options.slot, "slot", unset),
     }
 }

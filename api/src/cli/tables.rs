@@ -2,7 +2,7 @@
 
 use comfy_table::{Table, presets};
 use rackvisor_api::ByteSize;
-use rackvisor_api::config::{DiskGroup, Limits, Link, OnReboot, SerialMode, VmConfig};
+use rackvisor_api::config::{DiskGroup, Limits, Link, NicLimits, OnReboot, SerialMode, VmConfig};
 use rackvisor_api::control::{DeviceState, DiskInfo, NicInfo, VmInfo};
 use rackvisor_api::events::{Event, EventKind};
 use serde::Serialize;
@@ -219,13 +219,21 @@ pub fn disk(disk: &DiskInfo) -> String {
 
 /// "1000 ops/s (burst 2000), 100MiB/s".
 fn limits(limits: &Limits) -> String {
-    fn rate<T: ToString>(rate: Option<T>, burst: Option<T>, unit: &str) -> Option<String> {
-        let burst = burst.map_or_else(String::new, |burst| format!(" (burst {})", burst.to_string()));
-        rate.map(|rate| format!("{}{unit}{burst}", rate.to_string()))
-    }
-    let ops = rate(limits.ops_per_second, limits.ops_burst, " ops/s");
-    let bytes = rate(limits.bytes_per_second, limits.bytes_burst, "/s");
-    let parts: Vec<_> = ops.into_iter().chain(bytes).collect();
+    rates(rate(limits.ops_per_second, limits.ops_burst, " ops/s"), limits.bytes_per_second, limits.bytes_burst)
+}
+
+fn nic_limits(limits: &NicLimits) -> String {
+    let packets = rate(limits.packets_per_second, limits.packets_burst, " frames/s");
+    rates(packets, limits.bytes_per_second, limits.bytes_burst)
+}
+
+fn rate<T: ToString>(rate: Option<T>, burst: Option<T>, unit: &str) -> Option<String> {
+    let burst = burst.map_or_else(String::new, |burst| format!(" (burst {})", burst.to_string()));
+    rate.map(|rate| format!("{}{unit}{burst}", rate.to_string()))
+}
+
+fn rates(first: Option<String>, bytes: Option<ByteSize>, burst: Option<ByteSize>) -> String {
+    let parts: Vec<_> = first.into_iter().chain(rate(bytes, burst, "/s")).collect();
     if parts.is_empty() { "none".into() } else { parts.join(", ") }
 }
 
@@ -279,6 +287,15 @@ pub fn nic(nic: &NicInfo) -> String {
     facts.add("state", format!("{}{}", word(&nic.state), broken(nic.state)));
     facts.add("pci", &nic.pci);
     facts.add("link", word(&nic.link));
+    if config.antispoof {
+        facts.add("antispoof", "drops frames under another address");
+    }
+    if !config.rx_limits.is_unlimited() {
+        facts.add("receives", nic_limits(&config.rx_limits));
+    }
+    if !config.tx_limits.is_unlimited() {
+        facts.add("sends", nic_limits(&config.tx_limits));
+    }
     facts.add("mac", config.mac.to_string());
     facts.add("tap", &config.tap);
     facts.add_some("mtu", config.mtu);

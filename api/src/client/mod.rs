@@ -227,6 +227,14 @@ impl Client {
         self.send(Method::PATCH, &nic_path(id), patch)
     }
 
+    /// `POST /v1/vm/nics/{id}/announce`.
+    ///
+    /// # Errors
+    /// `no-such-nic`, `wrong-state`, or another [`ClientError`].
+    pub fn announce_nic(&self, id: &str) -> Result<NicInfo> {
+        self.request(Method::POST, &format!("{}/announce", nic_path(id)), None)?.json()
+    }
+
     /// `DELETE /v1/vm/nics/{id}`.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::check::{check_id, check_path, check_queue_size, check_queues, check_slot};
 use super::cpu_list::CpuList;
-use super::limits::{Limits, LimitsPatch, limits};
+use super::limits::{Limits, LimitsPatch};
 use super::patch::{Patch, apply, set};
 use super::{ReservationConfig, default_queue_size, one_queue};
 use crate::problem::{Pointer, Problem};
@@ -278,7 +278,7 @@ impl DiskPatch {
             reservation: apply(&self.reservation, &disk.reservation),
             on_error: set(self.on_error, disk.on_error, fresh.on_error),
             stall_after: set(self.stall_after, disk.stall_after, fresh.stall_after),
-            limits: limits(&self.limits, &disk.limits),
+            limits: LimitsPatch::apply_to(&self.limits, &disk.limits),
             group: apply(&self.group, &disk.group),
             affinity: set(self.affinity.clone(), disk.affinity.clone(), fresh.affinity),
         })

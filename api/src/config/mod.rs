@@ -30,7 +30,7 @@ pub use boot::{BootConfig, MAX_CMDLINE};
 pub use cpu_list::CpuList;
 pub use cpus::{CpusConfig, MAX_CPUS, Topology};
 pub use disk::{CacheMode, DiskConfig, DiskPatch, OnError};
-pub use limits::{DiskGroup, DiskGroupPatch, Limits, LimitsPatch};
+pub use limits::{DiskGroup, DiskGroupPatch, Limits, LimitsPatch, NicLimits, NicLimitsPatch};
 pub use mac::{BadMac, MacAddr};
 pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
 pub use nic::{Link, NicConfig, NicPatch};

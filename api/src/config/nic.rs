@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::check::{check_id, check_queue_size, check_queues, check_slot};
+use super::limits::{NicLimits, NicLimitsPatch};
 use super::mac::MacAddr;
 use super::patch::{Patch, apply, set};
 use super::{default_queue_size, one_queue};
@@ -40,6 +41,16 @@ pub struct NicConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 30)]
     pub slot: Option<u8>,
+    /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
+    #[serde(default)]
+    #[schema(default = false)]
+    pub antispoof: bool,
+    /// What the guest may receive per second. What exceeds it waits in the tap, which drops what it cannot hold.
+    #[serde(default)]
+    pub rx_limits: NicLimits,
+    /// What the guest may send per second. What exceeds it waits in the guest.
+    #[serde(default)]
+    pub tx_limits: NicLimits,
 }
 
 /// The state of a virtual cable.
@@ -65,6 +76,9 @@ impl NicConfig {
             mtu: None,
             link: Link::default(),
             slot: None,
+            antispoof: false,
+            rx_limits: NicLimits::default(),
+            tx_limits: NicLimits::default(),
         }
     }
 
@@ -77,6 +91,8 @@ impl NicConfig {
         check_queues(self.queues, 16, &at.key("queues"))?;
         check_queue_size(self.queue_size, &at.key("queue_size"))?;
         check_slot(self.slot, &at.key("slot"))?;
+        self.rx_limits.check(&at.key("rx_limits"))?;
+        self.tx_limits.check(&at.key("tx_limits"))?;
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return Err(Problem::invalid(
                 &at.key("mtu"),
@@ -102,7 +118,7 @@ impl NicConfig {
 
 /// Changes to a NIC, as a JSON merge patch (RFC 7396): a field that is absent stays, `null` goes back to its default.
 ///
-/// While the guest exists only `link` may change.
+/// While the guest exists only `link`, `rx_limits` and `tx_limits` may change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NicPatch {
@@ -134,6 +150,18 @@ pub struct NicPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u8>)]
     pub slot: Patch<u8>,
+    /// Another `antispoof`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<bool>)]
+    pub antispoof: Patch<bool>,
+    /// Changes to `rx_limits`; null takes all of them away.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<NicLimitsPatch>)]
+    pub rx_limits: Patch<NicLimitsPatch>,
+    /// Changes to `tx_limits`; null takes all of them away.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<NicLimitsPatch>)]
+    pub tx_limits: Patch<NicLimitsPatch>,
 }
 
 impl NicPatch {
@@ -142,9 +170,10 @@ impl NicPatch {
         Self { link: Patch::Set(link), ..Self::default() }
     }
 
-    /// Whether it changes nothing but the link: legal while the guest exists.
-    pub fn only_link(&self) -> bool {
-        *self == Self { link: self.link, ..Self::default() }
+    /// Whether it changes only what may change while the guest exists.
+    pub fn is_live(&self) -> bool {
+        let Self { link, rx_limits, tx_limits, .. } = self.clone();
+        *self == Self { link, rx_limits, tx_limits, ..Self::default() }
     }
 
     /// The NIC after the patch. Not yet checked against the rest of the VM: see [`super::VmConfig::with_nic`].
@@ -162,6 +191,9 @@ impl NicPatch {
             mtu: apply(&self.mtu, &nic.mtu),
             link: set(self.link, nic.link, fresh.link),
             slot: apply(&self.slot, &nic.slot),
+            antispoof: set(self.antispoof, nic.antispoof, fresh.antispoof),
+            rx_limits: NicLimitsPatch::apply_to(&self.rx_limits, &nic.rx_limits),
+            tx_limits: NicLimitsPatch::apply_to(&self.tx_limits, &nic.tx_limits),
         })
     }
 }

@@ -184,9 +184,11 @@ fn a_merge_patch_keeps_sets_and_clears() {
     let null: DiskPatch = json(br#"{"path":null}"#).unwrap();
     assert_eq!(null.apply(&disk).unwrap_err().pointer.as_deref(), Some("/path"));
 
-    assert!(NicPatch::link(Link::Down).only_link());
+    assert!(NicPatch::link(Link::Down).is_live());
     let more: NicPatch = json(br#"{"link":"up","mtu":null}"#).unwrap();
-    assert!(!more.only_link());
+    assert!(!more.is_live());
+    let live: NicPatch = json(br#"{"link":"up","rx_limits":{"packets_per_second":9},"tx_limits":null}"#).unwrap();
+    assert!(live.is_live());
 }
 
 #[test]

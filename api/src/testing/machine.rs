@@ -176,10 +176,14 @@ impl Inner {
             Request::PutNic(nic) => self.put_nic(*nic),
             Request::PatchNic(id, patch) => {
                 let nic = config.nic(&id).ok_or_else(|| Problem::no_such_nic(&id))?;
-                if self.alive() && !patch.only_link() {
+                if self.alive() && !patch.is_live() {
                     return Err(not_while_running(&id));
                 }
                 self.put_nic(patch.apply(nic)?)
+            }
+            Request::AnnounceNic(id) => {
+                let nic = self.nic(&id)?;
+                if self.alive() { Ok(Response::Nic(Box::new(nic))) } else { Err(Problem::no_guest("announce")) }
             }
             Request::DeleteNic(id) => {
                 self.config = Some(config.without_nic(&id)?);

@@ -8,18 +8,15 @@ use tracing::{error, info, warn};
 
 use super::backend::{BlockSource, Geometry, Operation};
 use super::error::RescanError;
-use super::limiter::Limiter;
 use super::metrics::BlockMetrics;
 use super::request::{ID_BYTES, Rules};
 use super::reservation::Guard;
+use crate::limiter::{Limiter, THROTTLE_SLICE};
 use crate::virtio::TransportSignals;
 use crate::{DeviceEvent, DeviceNotifier};
 
 /// Between log lines about failing requests of one disk. Counters and events miss none.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
-
-/// The longest that a throttled queue sleeps before it looks at its limits again, which may have changed.
-const THROTTLE_SLICE: Duration = Duration::from_millis(100);
 
 /// What happens to a request that fails on the host. A reservation conflict always goes to the guest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -17,6 +17,9 @@ pub(super) struct PairCounters {
     pub(super) rx_starved: Counter,
     /// The tap took no more frames, and the driver's had to wait.
     pub(super) tx_tap_full: Counter,
+    /// A direction had to wait for its limit.
+    pub(super) rx_throttled: Counter,
+    pub(super) tx_throttled: Counter,
     pub(super) rx_drops: RxDrops,
     pub(super) tx_drops: TxDrops,
 }
@@ -59,7 +62,7 @@ impl PairCounters {
     /// Hands every sample to `visit`, labelled with the NIC and the number of the pair.
     pub(super) fn collect(&self, nic: &str, queue: usize, visit: &mut dyn FnMut(Sample)) {
         let labels = || vec![("nic", nic.to_owned()), ("queue", queue.to_string())];
-        let plain: [(&'static str, &'static str, &Counter); 10] = [
+        let plain: [(&'static str, &'static str, &Counter); 12] = [
             ("net_rx_packets", "Frames that the guest received.", &self.rx_packets),
             ("net_rx_bytes", "Bytes of the frames that the guest received.", &self.rx_bytes),
             ("net_tx_packets", "Frames that the guest sent.", &self.tx_packets),
@@ -70,6 +73,8 @@ impl PairCounters {
             ("net_tx_interrupts", "Interrupts of the transmit queue.", &self.tx_interrupts),
             ("net_rx_starved", "Times that frames waited for the guest to give buffers.", &self.rx_starved),
             ("net_tx_tap_full", "Times that the tap took no more frames.", &self.tx_tap_full),
+            ("net_rx_throttled", "Times that frames to the guest waited for its limit.", &self.rx_throttled),
+            ("net_tx_throttled", "Times that frames of the guest waited for its limit.", &self.tx_throttled),
         ];
         for (name, help, counter) in plain {
             visit(Sample { name, help, labels: labels(), value: Value::Counter(counter.value()) });

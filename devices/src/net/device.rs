@@ -16,6 +16,7 @@ use super::lane::Lane;
 use super::shared::{CardOptions, Shared};
 use super::tap::{MAX_QUEUES, Tap};
 use super::worker::{Message, Start, Worker};
+use crate::limiter::Limits;
 use crate::metrics::MetricSource;
 use crate::virtio::{Activation, DeviceType, StartError, StillBusy, StoppedQueue, TransportSignals, VirtioDevice};
 use crate::{DeviceNotifier, ThreadSpawner};
@@ -48,6 +49,10 @@ pub struct NetOptions {
     pub link_up: bool,
     /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
     pub antispoof: bool,
+    /// What the guest may receive per second: what exceeds it waits in the tap, which drops what it cannot hold.
+    pub rx_limits: Limits,
+    /// What the guest may send per second: what exceeds it waits in its ring.
+    pub tx_limits: Limits,
 }
 
 /// Why a network card could not be made.
@@ -136,6 +141,12 @@ impl NetHandle {
         self.shared.set_link(up);
     }
 
+    /// Other limits on what the guest may receive and send, from now on.
+    pub fn set_limits(&self, rx: Limits, tx: Limits) {
+        self.shared.rx_limiter.set(rx);
+        self.shared.tx_limiter.set(tx);
+    }
+
     /// Tells the network where the card is, as after a move: reverse ARP through the tap, and a request to the driver if it takes
     /// such; five times within a second.
     pub fn announce(&self) {
@@ -202,7 +213,8 @@ impl VirtioNet {
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, NetError> {
         check(&options)?;
-        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof } = options;
+        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof, rx_limits, tx_limits } =
+            options;
         let host = |action| {
             let id = id.clone();
             move |error| NetError::Host { id, action, error }
@@ -211,7 +223,7 @@ impl VirtioNet {
         let wakes: io::Result<Vec<EventFd>> = (0..queue_pairs).map(|_| wake()).collect();
         let wakes = wakes.map_err(host("make an eventfd"))?;
         let features = offered(&tap, queue_pairs, mtu);
-        let card = CardOptions { id: id.clone(), mac, antispoof, link_up };
+        let card = CardOptions { id: id.clone(), mac, antispoof, link_up, rx_limits, tx_limits };
         let shared = Arc::new(Shared::new(card, tap, wakes, notifier));
         let mut queue_sizes = vec![queue_size; usize::from(queue_pairs) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);

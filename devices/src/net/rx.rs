@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -16,6 +17,7 @@ use super::sys::{MAX_SEGMENTS, Segments};
 use super::tap::HEADER_SIZE;
 use super::worker::Context;
 use super::{MAX_FRAME, features};
+use crate::limiter::THROTTLE_SLICE;
 use crate::metrics::Counter;
 use crate::virtio::StoppedQueue;
 use crate::virtio::ring::{Chain, RingError};
@@ -60,6 +62,8 @@ pub(super) struct Rx {
     spilled: Option<Spilled>,
     /// There may be frames in the tap.
     pub(super) readable: bool,
+    /// Frames have to wait for the driver's limit until then.
+    pub(super) throttled: Option<Instant>,
     starved: bool,
     broken: bool,
 }
@@ -86,6 +90,7 @@ impl Rx {
             spill: vec![0; MAX_FRAME].into_boxed_slice(),
             spilled: None,
             readable: true,
+            throttled: None,
             starved: false,
             broken: false,
         }
@@ -93,6 +98,7 @@ impl Rx {
 
     /// Delivers what the tap has, up to the limits of a turn; says whether there is more to do at once.
     pub(super) fn service(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
+        self.throttled = None;
         if self.broken || !(self.readable || self.spilled.is_some()) {
             return Ok(false);
         }
@@ -136,7 +142,7 @@ impl Rx {
                     self.unspill(context.memory, spilled)?;
                     spilled.total
                 }
-                None => match self.read(context) {
+                None => match self.read_within_limits(context) {
                     Some(total) => total,
                     None => return Ok(false),
                 },
@@ -203,6 +209,18 @@ impl Rx {
         self.places.truncate(before);
         context.counters.rx_drops.bad_buffer.increment();
         self.lane.ring.put_used(context.memory, head, 0)
+    }
+
+    fn read_within_limits(&mut self, context: &Context<'_>) -> Option<usize> {
+        if let Some(pause) = context.shared.rx_limiter.wait(context.now) {
+            context.counters.rx_throttled.increment();
+            self.throttled = Some(context.now + pause.min(THROTTLE_SLICE));
+            return None;
+        }
+        let total = self.read(context)?;
+        let bytes = u64::try_from(total.saturating_sub(HEADER_SIZE)).unwrap_or(u64::MAX);
+        context.shared.rx_limiter.charge(bytes, context.now);
+        Some(total)
     }
 
     /// Reads a frame into the held chains. `None` if there is none now.

@@ -11,6 +11,7 @@ use super::counters::PairCounters;
 use super::filter::{Filter, Mac};
 use super::tap::{HEADER_SIZE, Tap};
 use super::{ETHERNET, MAX_FRAME};
+use crate::limiter::{Limiter, Limits};
 use crate::metrics::{MetricSource, Sample};
 use crate::virtio::TransportSignals;
 use crate::{DeviceEvent, DeviceNotifier};
@@ -36,6 +37,9 @@ pub(super) struct Shared {
     pub(super) mac: Mac,
     /// Drop what the driver sends under another address.
     pub(super) antispoof: bool,
+    /// What may come to the driver per second, and what it may send.
+    pub(super) rx_limiter: Limiter,
+    pub(super) tx_limiter: Limiter,
     /// The driver is asked to announce the card, and has not answered.
     pub(super) announcing: AtomicBool,
     /// Grows with each request to announce the card.
@@ -60,11 +64,13 @@ pub(super) struct CardOptions {
     pub(super) mac: Mac,
     pub(super) antispoof: bool,
     pub(super) link_up: bool,
+    pub(super) rx_limits: Limits,
+    pub(super) tx_limits: Limits,
 }
 
 impl Shared {
     pub(super) fn new(card: CardOptions, tap: Tap, wakes: Vec<EventFd>, notifier: Arc<dyn DeviceNotifier>) -> Self {
-        let CardOptions { id, mac, antispoof, link_up } = card;
+        let CardOptions { id, mac, antispoof, link_up, rx_limits, tx_limits } = card;
         // The tap's MTU may change while we run; this is only how much room is kept ready.
         let mtu = tap.mtu().and_then(|mtu| usize::try_from(mtu).ok()).unwrap_or(1500);
         Self {
@@ -80,6 +86,8 @@ impl Shared {
             filter_generation: AtomicU64::new(0),
             mac,
             antispoof,
+            rx_limiter: Limiter::new(rx_limits),
+            tx_limiter: Limiter::new(tx_limits),
             announcing: AtomicBool::new(false),
             announcements: AtomicU64::new(0),
             pairs: AtomicU16::new(1),

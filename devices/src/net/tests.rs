@@ -4,6 +4,7 @@ mod control;
 mod hostile;
 mod identity;
 mod lifecycle;
+mod limits;
 mod real;
 mod receive;
 mod transmit;
@@ -17,6 +18,7 @@ use super::features::bit;
 use super::tap::HEADER_SIZE;
 use super::*;
 use crate::PlainThreads;
+use crate::limiter::{Limits, Rate};
 use crate::metrics::Value;
 use crate::virtio::double::{Buffer, RecordedNotifier, TestDriver, Used};
 use crate::virtio::{StoppedQueue, VirtioDevice};
@@ -59,6 +61,8 @@ fn options(tap: Tap, queue_pairs: u16) -> NetOptions {
         mtu: None,
         link_up: true,
         antispoof: false,
+        rx_limits: Limits::default(),
+        tx_limits: Limits::default(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Transmission: from the driver's buffers straight to the tap, one `writev` per frame and no copy.
 
 use std::io;
+use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -9,6 +10,7 @@ use super::sys::{MAX_SEGMENTS, Segments};
 use super::tap::HEADER_SIZE;
 use super::worker::Context;
 use super::{MAX_FRAME, MIN_FRAME};
+use crate::limiter::THROTTLE_SLICE;
 use crate::virtio::ring::{Chain, RingError};
 
 /// Chains and bytes per turn, so that receiving, commands and the driver's view of the ring are not kept waiting.
@@ -27,6 +29,8 @@ pub(super) struct Tx {
     start: Box<[u8; START]>,
     /// There may be chains in the ring.
     pub(super) pending: bool,
+    /// The driver has to wait for its limit until then.
+    pub(super) throttled: Option<Instant>,
     /// The tap is full: nothing to do until it is writable.
     pub(super) blocked: bool,
     broken: bool,
@@ -48,6 +52,7 @@ impl Tx {
             segments: Segments::with_capacity(MAX_SEGMENTS + 1),
             start: Box::new([0; START]),
             pending: true,
+            throttled: None,
             blocked: false,
             broken: false,
         }
@@ -55,6 +60,7 @@ impl Tx {
 
     /// Sends what the driver has queued, up to the limits of a turn; says whether there is more to do at once.
     pub(super) fn service(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
+        self.throttled = None;
         if !self.pending || self.blocked || self.broken {
             return Ok(false);
         }
@@ -70,6 +76,11 @@ impl Tx {
         let (mut chains, mut bytes) = (0, 0);
         while chains < TURN_CHAINS && bytes < TURN_BYTES {
             chains += 1;
+            if let Some(pause) = context.shared.tx_limiter.wait(context.now) {
+                context.counters.tx_throttled.increment();
+                self.throttled = Some(context.now + pause.min(THROTTLE_SLICE));
+                return Ok(false);
+            }
             let Some(head) = self.lane.ring.next_head(context.memory)? else {
                 if self.lane.ring.enable_kicks(context.memory)? {
                     self.lane.ring.disable_kicks(context.memory)?;
@@ -88,6 +99,7 @@ impl Tx {
                 Sent::Dropped => {}
                 Sent::Done(length) => {
                     bytes += length;
+                    context.shared.tx_limiter.charge(u64::try_from(length).unwrap_or(u64::MAX), context.now);
                     context.counters.tx_packets.increment();
                     context.counters.tx_bytes.add(u64::try_from(length).unwrap_or(0));
                 }

@@ -62,6 +62,7 @@ pub(super) struct Context<'a> {
     pub(super) counters: &'a PairCounters,
     pub(super) memory: &'a GuestMemoryMmap,
     pub(super) tap: BorrowedFd<'a>,
+    pub(super) now: Instant,
     pub(super) link_up: bool,
     pub(super) filter: &'a Filter,
     pub(super) offloads: u64,
@@ -162,7 +163,12 @@ impl Worker {
 
     /// How long to wait for events, in milliseconds; -1: for ever.
     fn timeout(&self, more: bool) -> i32 {
-        let due = self.rounds.map(|rounds| rounds.next().saturating_duration_since(Instant::now()));
+        let throttled = self.running.iter().flat_map(|running| {
+            let (rx, tx) = (running.rx.as_ref(), running.tx.as_ref());
+            [rx.and_then(|rx| rx.throttled), tx.and_then(|tx| tx.throttled)].into_iter().flatten()
+        });
+        let due = self.rounds.map(|rounds| rounds.next()).into_iter().chain(throttled).min();
+        let due = due.map(|due| due.saturating_duration_since(Instant::now()));
         match (more, due) {
             (true, _) => 0,
             // Rounded up: it is due when the wait is over.
@@ -401,6 +407,7 @@ impl Running {
             counters,
             memory: &self.map,
             tap,
+            now: Instant::now(),
             link_up: shared.link_up.load(Ordering::SeqCst),
             filter: &self.filter.1,
             offloads,

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use rackvisor_api::config::{self, CacheMode, DiskConfig, OnError};
-use rackvisor_devices::block::{BlockOptions, ErrorPolicy, Limiter, Limits, Rate, ReservationOptions, VirtioBlock};
+use rackvisor_devices::block::{BlockOptions, ErrorPolicy, ReservationOptions, VirtioBlock};
+use rackvisor_devices::limiter::{Limiter, Limits, Rate};
 
 use super::{AssemblyError, Host, LiveDisk};
 

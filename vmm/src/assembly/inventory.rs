@@ -4,14 +4,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rackvisor_api::config::{DiskConfig, DiskGroup, Limits, Link};
+use rackvisor_api::config::{DiskConfig, DiskGroup, Limits, Link, NicConfig};
 use rackvisor_api::control::{DiskCounters, NicCounters};
-use rackvisor_devices::block::{BlockHandle, Geometry, Limiter, RescanError};
+use rackvisor_devices::block::{BlockHandle, Geometry, RescanError};
+use rackvisor_devices::limiter::Limiter;
 use rackvisor_devices::metrics::{MetricSource, Sample, Value};
 use rackvisor_devices::net::NetHandle;
 use rackvisor_devices::virtio::pci::VirtioPci;
 
-use super::disks;
+use super::{disks, nics};
 
 /// A disk that is open.
 #[derive(Clone)]
@@ -105,9 +106,15 @@ impl LiveNic {
         Self { handle }
     }
 
-    /// Plugs the cable in or out.
-    pub fn set_link(&self, link: Link) {
-        self.handle.set_link(link == Link::Up);
+    /// Takes over what of the configuration may change while the NIC is in use.
+    pub fn configure(&self, config: &NicConfig) {
+        self.handle.set_link(config.link == Link::Up);
+        self.handle.set_limits(nics::limits(&config.rx_limits), nics::limits(&config.tx_limits));
+    }
+
+    /// Tells the network where the NIC is.
+    pub fn announce(&self) {
+        self.handle.announce();
     }
 
     /// What it did since the boot.

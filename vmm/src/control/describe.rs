@@ -69,6 +69,12 @@ impl Controller {
                 Ok(if created { Response::NicCreated(info) } else { Response::Nic(info) })
             }
             Request::PatchNic(id, patch) => self.patch_nic(&id, &patch),
+            Request::AnnounceNic(id) => {
+                let info = Box::new(self.nic_info(&id)?);
+                let live = self.inventory.as_ref().and_then(|i| i.nic(&id));
+                live.ok_or_else(|| Problem::no_guest("announce"))?.announce();
+                Ok(Response::Nic(info))
+            }
             Request::DeleteNic(id) => {
                 self.config = Some(self.config()?.without_nic(&id)?);
                 Ok(Response::Deleted)
@@ -118,17 +124,17 @@ impl Controller {
         Ok(Response::Disk(Box::new(self.disk_info(id)?)))
     }
 
-    /// The link may change at any time; the rest needs a guest that does not exist.
+    /// The link and the limits may change at any time; the rest needs a guest that does not exist.
     fn patch_nic(&mut self, id: &str, patch: &NicPatch) -> Result<Response, Problem> {
         let old = self.nic_config(id)?.clone();
         let changed = patch.apply(&old)?;
-        if self.inventory.is_some() && !patch.only_link() {
-            return Err(while_running(id, "`link`"));
+        if self.inventory.is_some() && !patch.is_live() {
+            return Err(while_running(id, "`link`, `rx_limits` and `tx_limits`"));
         }
         let link = changed.link;
-        self.config = Some(self.config()?.with_nic(changed)?.0);
+        self.config = Some(self.config()?.with_nic(changed.clone())?.0);
         if let Some(live) = self.inventory.as_ref().and_then(|i| i.nic(id)) {
-            live.set_link(link);
+            live.configure(&changed);
             if link != old.link {
                 self.publish(EventKind::LinkChanged { device: id.to_owned(), link });
             }

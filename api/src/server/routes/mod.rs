@@ -102,6 +102,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/vm/disk-groups/{id}", get(disk_groups::show).patch(disk_groups::patch))
         .route("/v1/vm/nics", get(nics::list))
         .route("/v1/vm/nics/{id}", get(nics::show).put(nics::put).patch(nics::patch).delete(nics::remove))
+        .route("/v1/vm/nics/{id}/announce", post(nics::announce))
         .route("/v1/events", get(sse::events))
         .route("/v1/metrics", get(metrics))
         .with_state(app)
@@ -116,7 +117,7 @@ pub(super) fn router(app: App) -> Router {
         vm::boot, vm::pause, vm::resume, vm::reset, vm::power_button, vm::shutdown, vm::nmi,
         disks::list, disks::show, disks::put, disks::patch, disks::remove,
         disk_groups::list, disk_groups::show, disk_groups::patch,
-        nics::list, nics::show, nics::put, nics::patch, nics::remove,
+        nics::list, nics::show, nics::put, nics::patch, nics::remove, nics::announce,
     ),
     components(schemas(Problem, Code)),
     tags(

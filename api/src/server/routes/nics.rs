@@ -41,7 +41,7 @@ pub(super) async fn put(State(app): State<App>, Path(id): Path<String>, JsonBody
 
 /// Change a NIC
 ///
-/// A JSON merge patch (RFC 7396). While the guest exists only `link` may change.
+/// A JSON merge patch (RFC 7396). While the guest exists only `link`, `rx_limits` and `tx_limits` may change.
 #[utoipa::path(patch, path = "/v1/vm/nics/{id}", tag = "nics", operation_id = "patchNic",
     params(("id" = String, Path, description = "The id of the NIC.")),
     request_body(content((NicPatch = "application/merge-patch+json"), (NicPatch = "application/json"))),
@@ -52,6 +52,17 @@ pub(super) async fn patch(
     JsonBody(patch): JsonBody<NicPatch>,
 ) -> Answer {
     Answer(app.ask(Request::PatchNic(id, Box::new(patch))).await)
+}
+
+/// Tell the network where a NIC is, as after a move
+///
+/// Legal in: running, paused. Reverse ARP through the tap, and a request to the guest if its driver takes such; five times
+/// within a second.
+#[utoipa::path(post, path = "/v1/vm/nics/{id}/announce", tag = "nics", operation_id = "announceNic",
+    params(("id" = String, Path, description = "The id of the NIC.")),
+    responses((status = 200, description = "It is being announced.", body = NicInfo), ReadProblems, ChangeProblems))]
+pub(super) async fn announce(State(app): State<App>, Path(id): Path<String>, _: NoBody) -> Answer {
+    Answer(app.ask(Request::AnnounceNic(id)).await)
 }
 
 /// Remove a NIC

@@ -3,7 +3,8 @@
 use super::memory::MemoryDisk;
 use super::*;
 use crate::DeviceEvent;
-use crate::block::{ErrorPolicy, Limits, Operation, Rate};
+use crate::block::{ErrorPolicy, Operation};
+use crate::limiter::{Limits, Rate};
 
 const SIZE: usize = 1 << 20;
 const WRITE: Operation = Operation::Write { stable: false };

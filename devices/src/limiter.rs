@@ -1,4 +1,4 @@
-//! Limits on requests and bytes per second: token buckets that may go into debt.
+//! Limits on requests (or frames) and bytes per second: token buckets that may go into debt.
 //!
 //! A request may start while no bucket is in debt, and is charged whole, so a large one is never cut and never starves:
 //! the next one waits until its debt is paid. On average the rate is exact whatever the sizes.
@@ -6,6 +6,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// The longest that a throttled queue sleeps before it looks at its limits again, which may have changed.
+pub(crate) const THROTTLE_SLICE: Duration = Duration::from_millis(100);
 
 /// The rate of one bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,9 +22,9 @@ pub struct Rate {
 /// What may be done per second; `None` is without limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Reads, writes, discards and write-zeroes.
+    /// Requests of a disk, but for flushes; frames of a NIC.
     pub ops: Option<Rate>,
-    /// Bytes that are read and written.
+    /// Bytes that are moved.
     pub bytes: Option<Rate>,
 }
 
