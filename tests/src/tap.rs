@@ -1,10 +1,15 @@
 //! Taps.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use rackvisor_api::config::NicConfig;
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, sockopt};
+
+use crate::PATIENCE;
 
 static NUMBER: AtomicU8 = AtomicU8::new(0);
 
@@ -42,6 +47,19 @@ impl Tap {
         Ipv4Addr::new(10, self.network[0], self.network[1], 2)
     }
 
+    /// An address of its network that nobody has, with an Ethernet address that the host believes in.
+    pub fn neighbour(&self) -> Ipv4Addr {
+        let address = Ipv4Addr::new(10, self.network[0], self.network[1], 77);
+        ip(&format!("neigh replace {address} lladdr 52:54:00:77:77:77 dev {}", self.name));
+        address
+    }
+
+    /// Sends a datagram into the tap.
+    pub fn send_to(&self, address: Ipv4Addr) {
+        let socket = UdpSocket::bind((self.host(), 0)).unwrap();
+        socket.send_to(b"is anybody there?", (address, 9)).unwrap();
+    }
+
     /// A NIC on it.
     pub fn nic(&self) -> NicConfig {
         NicConfig::new("net0", self.name.clone(), "52:54:00:12:34:56".parse().unwrap())
@@ -62,5 +80,27 @@ impl Default for Tap {
 impl Drop for Tap {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["link", "delete", &self.name]).status();
+    }
+}
+
+/// Hears each reverse-ARP frame that comes to an interface of the host.
+pub struct Rarps(OwnedFd);
+
+impl Rarps {
+    /// Listens from now on; needs root.
+    pub fn listen() -> Self {
+        // ETH_P_RARP, in network order.
+        let protocol = NonZeroU32::new(0x8035_u16.to_be().into()).map(Protocol::from_raw);
+        let socket = rustix::net::socket(AddressFamily::PACKET, SocketType::RAW, protocol).unwrap();
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE)).unwrap();
+        Self(socket)
+    }
+
+    /// The next one, from its Ethernet header on.
+    pub fn next(&self) -> Vec<u8> {
+        let mut frame = vec![0; 2048];
+        let (length, _) = rustix::net::recv(&self.0, frame.as_mut_slice(), RecvFlags::empty()).unwrap();
+        frame.truncate(length);
+        frame
     }
 }

@@ -6,9 +6,13 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::thread;
 
-use rackvisor_api::config::{Link, NicPatch};
+use rackvisor_api::config::{Link, NicConfig, NicPatch};
+use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
-use rackvisor_tests::{PATIENCE, Rackvisor, Tap, assert_same_bytes, linux, needs_kvm, noise, sha256};
+use rackvisor_api::state::Action;
+use rackvisor_tests::{
+    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_same_bytes, eventually, linux, needs_kvm, noise, sha256,
+};
 
 const AMOUNT: usize = 100_000_000;
 
@@ -76,4 +80,72 @@ fn a_hundred_megabytes_pass_through_the_tap_each_way_unharmed() {
     vmm.client.patch_nic("net0", &NicPatch::link(Link::Up)).unwrap();
     guest.ok(&carrier(1));
     guest.ok(&format!("ping -c 1 {}", tap.host()));
+}
+
+/// A guest with this NIC that the host answers.
+fn reachable(vmm: &Rackvisor, tap: &Tap, change: impl FnOnce(&mut NicConfig)) -> Guest {
+    let mut config = linux();
+    config.boot.as_mut().unwrap().cmdline += &tap.cmdline();
+    let mut nic = tap.nic();
+    change(&mut nic);
+    config.nics = vec![nic];
+    let mut guest = vmm.boot_linux(&config);
+    guest.ok(&format!("ping -c 1 {}", tap.host()));
+    guest
+}
+
+#[test]
+fn a_guest_that_takes_a_foreign_address_is_heard_by_nobody() {
+    needs_kvm!();
+    let (tap, vmm) = (Tap::new(), Rackvisor::start());
+    let mut guest = reachable(&vmm, &tap, |nic| nic.antispoof = true);
+    let ping = format!("ping -c 2 -W 1 {}", tap.host());
+    let with_address = |address: &str| format!("ip link set eth0 down; ip link set eth0 address {address} up; {ping}");
+    assert_ne!(guest.run(&with_address("52:54:00:12:34:57")).0, 0, "a forged address");
+    let metrics = vmm.client.metrics().unwrap();
+    let spoofed = metrics.lines().find(|line| line.starts_with("rackvisor_net_tx_drops") && line.contains("spoofed"));
+    assert!(!spoofed.unwrap().ends_with(" 0"), "{spoofed:?}");
+    guest.ok(&with_address("52:54:00:12:34:56"));
+}
+
+#[test]
+fn a_guest_that_listens_to_all_hears_what_is_for_others_and_one_that_does_not_does_not() {
+    needs_kvm!();
+    let (tap, vmm) = (Tap::new(), Rackvisor::start());
+    let mut guest = reachable(&vmm, &tap, |_| ());
+    let filtered = || {
+        let metrics = vmm.client.metrics().unwrap();
+        let line = metrics.lines().find(|line| line.contains("net_rx_drops") && line.contains("filtered")).unwrap();
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    // A neighbour that does not exist: frames for its address go to the tap.
+    let neighbour = tap.neighbour();
+    let shout = || tap.send_to(neighbour);
+    let before = filtered();
+    eventually("frames for a neighbour are kept from the guest", || {
+        shout();
+        (filtered() > before).then_some(())
+    });
+    guest.ok("ip link set eth0 promisc on");
+    let (before, received) = (filtered(), vmm.client.nic("net0").unwrap().counters.rx_frames);
+    eventually("frames for a neighbour reach the guest", || {
+        shout();
+        (vmm.client.nic("net0").unwrap().counters.rx_frames > received).then_some(())
+    });
+    assert_eq!(filtered(), before);
+}
+
+#[test]
+fn an_announcement_is_on_the_wire_five_times() {
+    needs_kvm!();
+    let (tap, vmm) = (Tap::new(), Rackvisor::start());
+    let _guest = reachable(&vmm, &tap, |_| ());
+    let rarps = Rarps::listen();
+    assert_eq!(vmm.client.announce_nic("net0").unwrap().config.id, "net0");
+    for _ in 0..5 {
+        let frame = rarps.next();
+        assert_eq!(frame[6..12], [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+    }
+    vmm.client.act(Action::Shutdown).unwrap();
+    assert_eq!(vmm.client.announce_nic("net0").unwrap_err().code(), Some(Code::WrongState));
 }
