@@ -16,6 +16,7 @@ pub mod span;
 pub mod state;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod text;
 
 pub use config::VmConfig;
 pub use problem::{Code, Problem};

@@ -1,14 +1,10 @@
 //! Spans of time, written as people write them: `"30s"`, `"1m 30s"`, `"500ms"`.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
-use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
-use utoipa::{PartialSchema, ToSchema};
+use crate::text::text_type;
 
 /// A span of time.
 ///
@@ -45,32 +41,10 @@ impl FromStr for Span {
     }
 }
 
-impl Serialize for Span {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Span {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-    }
-}
-
-impl PartialSchema for Span {
-    fn schema() -> RefOr<Schema> {
-        ObjectBuilder::new()
-            .schema_type(Type::String)
-            .examples(["30s"])
-            .description(Some("A span of time: whole numbers with the units ms, s, m, h, added up."))
-            .into()
-    }
-}
-
-impl ToSchema for Span {
-    fn name() -> Cow<'static, str> {
-        "Span".into()
-    }
+text_type! {
+    Span,
+    example: "30s",
+    description: "A span of time: whole numbers with the units ms, s, m, h, added up."
 }
 
 #[cfg(test)]

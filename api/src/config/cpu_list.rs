@@ -1,13 +1,9 @@
 //! Lists of host CPUs as the kernel writes them: `"0-3,8"`.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
-use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
-use utoipa::{PartialSchema, ToSchema};
+use crate::text::text_type;
 
 /// What fits the C library's `cpu_set_t`.
 const MAX_CPU: u16 = 1023;
@@ -66,33 +62,11 @@ impl fmt::Display for CpuList {
     }
 }
 
-impl Serialize for CpuList {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for CpuList {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-    }
-}
-
-impl PartialSchema for CpuList {
-    fn schema() -> RefOr<Schema> {
-        ObjectBuilder::new()
-            .schema_type(Type::String)
-            .pattern(Some("^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$"))
-            .examples(["0-3,8"])
-            .description(Some("A set of host CPUs, 0 to 1023: numbers and ranges."))
-            .into()
-    }
-}
-
-impl ToSchema for CpuList {
-    fn name() -> Cow<'static, str> {
-        "CpuList".into()
-    }
+text_type! {
+    CpuList,
+    example: "0-3,8",
+    pattern: "^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$",
+    description: "A set of host CPUs, 0 to 1023: numbers and ranges."
 }
 
 #[cfg(test)]

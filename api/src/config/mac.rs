@@ -1,13 +1,9 @@
 //! Ethernet addresses.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
-use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
-use utoipa::{PartialSchema, ToSchema};
+use crate::text::text_type;
 
 /// The Ethernet address of an interface: unicast and not zero. Reads and prints `52:54:00:12:34:56`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,33 +83,11 @@ impl fmt::Debug for MacAddr {
     }
 }
 
-impl Serialize for MacAddr {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for MacAddr {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Cow::<'de, str>::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-    }
-}
-
-impl PartialSchema for MacAddr {
-    fn schema() -> RefOr<Schema> {
-        ObjectBuilder::new()
-            .schema_type(Type::String)
-            .pattern(Some("^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$"))
-            .examples(["52:54:00:12:34:56"])
-            .description(Some("The Ethernet address of an interface: unicast and not zero."))
-            .into()
-    }
-}
-
-impl ToSchema for MacAddr {
-    fn name() -> Cow<'static, str> {
-        "MacAddr".into()
-    }
+text_type! {
+    MacAddr,
+    example: "52:54:00:12:34:56",
+    pattern: "^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$",
+    description: "The Ethernet address of an interface: unicast and not zero."
 }
 
 #[cfg(test)]

@@ -1,14 +1,13 @@
 //! Reservations of LUNs.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::num::NonZeroU64;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
-use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
-use utoipa::{PartialSchema, ToSchema};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::text::text_type;
 
 /// Keeps other hosts from writing a LUN while the VM runs, by a SCSI-3 persistent reservation (*write exclusive, registrants
 /// only*). The VM does not boot while another host has it.
@@ -64,33 +63,11 @@ impl fmt::Debug for ReservationKey {
     }
 }
 
-impl Serialize for ReservationKey {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for ReservationKey {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Cow::<'de, str>::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-    }
-}
-
-impl PartialSchema for ReservationKey {
-    fn schema() -> RefOr<Schema> {
-        ObjectBuilder::new()
-            .schema_type(Type::String)
-            .pattern(Some("^0[xX][0-9A-Fa-f]{1,16}$"))
-            .examples(["0x1a2b"])
-            .description(Some("A key of persistent reservations: 64 bits, not zero."))
-            .into()
-    }
-}
-
-impl ToSchema for ReservationKey {
-    fn name() -> Cow<'static, str> {
-        "ReservationKey".into()
-    }
+text_type! {
+    ReservationKey,
+    example: "0x1a2b",
+    pattern: "^0[xX][0-9A-Fa-f]{1,16}$",
+    description: "A key of persistent reservations: 64 bits, not zero."
 }
 
 #[cfg(test)]
