@@ -163,8 +163,8 @@ def measure_disk(kinds, disk, queues, rows, options, files):
                     samples.setdefault((row, machine.name), []).append(sample)
                     print(f"  round {number + 1}: {row}: {machine.name} {sample.iops:.0f} IOPS", file=sys.stderr, flush=True)
     except (Silent, FileNotFoundError) as problem:
-        print(f"{disk.name} {queues}q: {problem}", file=sys.stderr, flush=True)
-        samples.clear()
+        # what was measured before counts
+        print(f"{disk.name} {queues}q: ended early: {problem}", file=sys.stderr, flush=True)
     finally:
         for machine in ready:
             machine.close()

@@ -15,7 +15,7 @@ class NullBlk:
         if os.path.exists("/sys/module/null_blk"):
             subprocess.run(["rmmod", "null_blk"], check=True)
         # queue_mode 2: blk-mq; irqmode 1: completed by a softirq
-        settings = f"nr_devices={count} gb=16 queue_mode=2 irqmode=1 submit_queues={queues} hw_queue_depth=256"
+        settings = f"nr_devices={count} gb=16 queue_mode=2 irqmode=1 submit_queues={queues} hw_queue_depth=256 max_sectors=2560"
         subprocess.run(["modprobe", "null_blk", *settings.split()], check=True)
         made = [f"/dev/nullb{index}" for index in range(count)]
         deadline = time.monotonic() + 10

@@ -100,7 +100,7 @@ class QemuQ35:
         command += ["-no-user-config", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]
         command += ["-kernel", guest.kernel, "-initrd", guest.initrd, "-append", guest.cmdline]
         disk = f"driver=host_device,filename={guest.disk},node-name=disk0,aio=io_uring,cache.direct=on"
-        command += ["-object", "iothread,id=disk0", "-blockdev", disk]
+        command += ["-name", "bench,debug-threads=on", "-object", "iothread,id=disk0", "-blockdev", disk]
         return [*command, "-device", f"virtio-blk-pci,drive=disk0,iothread=disk0,num-queues={guest.queues}"]
 
 

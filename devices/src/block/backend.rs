@@ -142,6 +142,19 @@ pub trait BlockBackend: Send {
     /// backend dropped. Others (the guest) may access it at any time.
     unsafe fn submit(&mut self, request: Request<'_>);
 
+    /// Starts what was submitted, and waits for nothing.
+    ///
+    /// # Errors
+    /// What the kernel answered, if the backend cannot go on.
+    fn start(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Whether [`BlockBackend::wait`] has an event to give at once, as far as can be told without the kernel's help.
+    fn is_ready(&mut self) -> bool {
+        false
+    }
+
     /// Starts what was submitted and appends events to `events`. Waits until there is at least one, or for `timeout`
     /// (`None`: for ever; zero: not at all).
     ///

@@ -33,6 +33,8 @@ pub struct QueueMetrics {
     pub depth: Gauge,
     /// Kicks that woke the worker.
     pub kicks: Counter,
+    /// Times that the worker found work without having slept.
+    pub polled: Counter,
     /// Interrupts that were sent.
     pub interrupts: Counter,
     /// Requests whose buffers were misaligned and had to be copied.
@@ -77,6 +79,7 @@ impl QueueMetrics {
             refused: Counter::default(),
             depth: Gauge::default(),
             kicks: Counter::default(),
+            polled: Counter::default(),
             interrupts: Counter::default(),
             bounced: Counter::default(),
             held: Gauge::default(),
@@ -183,6 +186,7 @@ impl MetricSource for BlockMetrics {
                 ("disk_written_bytes", "Bytes that the guest wrote.", &queue.written_bytes),
                 ("disk_refused_requests", "Requests refused for what they asked.", &queue.refused),
                 ("disk_kicks", "Kicks by the guest that woke the worker.", &queue.kicks),
+                ("disk_polls", "Times that the worker found work without having slept.", &queue.polled),
                 ("disk_interrupts", "Interrupts sent to the guest.", &queue.interrupts),
                 ("disk_bounced_requests", "Requests copied because their buffers were misaligned.", &queue.bounced),
                 ("disk_throttled", "Times that requests had to wait for a limit.", &queue.throttled),

@@ -16,6 +16,7 @@ mod error;
 mod file;
 mod identity;
 mod metrics;
+mod poll;
 mod request;
 mod reservation;
 mod shared;

@@ -15,6 +15,14 @@ pub const STATUS_IOERR: u8 = 1;
 /// The device does not do such requests.
 pub const STATUS_UNSUPP: u8 = 2;
 
+/// The status that tells the guest of an errno (§5.2.6): the one place where they are mapped.
+pub(super) fn status_of(errno: i32, operation: Operation) -> u8 {
+    match (errno, operation) {
+        (libc::EOPNOTSUPP, Operation::Discard | Operation::WriteZeroes { .. }) => STATUS_UNSUPP,
+        _ => STATUS_IOERR,
+    }
+}
+
 const TYPE_IN: u32 = 0;
 const TYPE_OUT: u32 = 1;
 const TYPE_FLUSH: u32 = 4;

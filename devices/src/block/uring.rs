@@ -399,6 +399,14 @@ impl BlockBackend for UringBackend {
         self.issue(request.id);
     }
 
+    fn start(&mut self) -> io::Result<()> {
+        if self.ring.submission().is_empty() { Ok(()) } else { self.enter(Some(Duration::ZERO)) }
+    }
+
+    fn is_ready(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun() || !self.failed.is_empty()
+    }
+
     fn wait(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
         if self.ring.completion().is_empty() && self.failed.is_empty() {
             self.enter(timeout)?;

@@ -1,7 +1,8 @@
 //! The thread of one queue: takes requests off the ring, hands them to the backend, and answers.
 //!
-//! It waits in one place, [`BlockBackend::wait`]. Each turn takes what completed, publishes it with one index and at most
-//! one interrupt, then takes what the driver made available; kicks are only asked for before the thread sleeps.
+//! It waits in one place, [`BlockBackend::wait`], after a short look for more work where that pays ([`super::poll`]). Each
+//! turn takes what completed, publishes it with one index and at most one interrupt, then takes what the driver made
+//! available; kicks are only asked for before the thread sleeps.
 
 // Submitting to a backend vows that guest memory stays: the snapshots held here are why it does.
 #![allow(unsafe_code)]
@@ -17,7 +18,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{BlockBackend, Completion, Event, Operation, Request, Signal};
 use super::metrics::{QueueMetrics, name};
-use super::request::{Asked, ChainError, Parser, Range, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
+use super::poll::{self, Polling};
+use super::request::{Asked, ChainError, Parser, Range, STATUS_OK, status_of};
 use super::shared::Disk;
 use crate::virtio::ring::{Ring, RingError};
 use crate::virtio::{StoppedQueue, TransportSignals};
@@ -110,6 +112,8 @@ struct Active {
 enum Next {
     /// Sleep until something happens.
     Sleep,
+    /// The ring is empty: look for work a little longer, then ask for kicks and sleep.
+    Settle,
     /// Look at the ring again at once.
     Again,
     /// Sleep, but look at the ring after this time: a limit is exhausted.
@@ -131,6 +135,9 @@ pub(super) struct Worker {
     sequence: u64,
     /// A flush of our own has to follow all requests before this one.
     sync_after: Option<u64>,
+    polling: Polling,
+    /// When the ring was last found empty.
+    settled: Instant,
     leaving: bool,
 }
 
@@ -164,6 +171,8 @@ impl Worker {
             free: (0..depth).rev().collect(),
             sequence: 0,
             sync_after: None,
+            polling: Polling::default(),
+            settled: Instant::now(),
             leaving: false,
             disk,
         };
@@ -177,17 +186,49 @@ impl Worker {
         let mut next = Next::Sleep;
         loop {
             let timeout = match next {
-                Next::Sleep => None,
+                Next::Sleep | Next::Settle => None,
                 Next::Again => Some(Duration::ZERO),
                 Next::After(pause) => Some(pause),
             };
             self.backend.wait(timeout, &mut events)?;
-            self.take_events(&mut events)?;
+            let now = Instant::now();
+            let (done, taken) = (events.iter().any(|event| matches!(event, Event::Done(_))), self.sequence);
+            self.take_events(&mut events, now)?;
             if self.leaving && self.idle() {
                 return Ok(());
             }
+            let slept = next == Next::Sleep;
             next = self.take_requests();
+            if slept {
+                self.polling.waited(now.saturating_duration_since(self.settled), done || self.sequence != taken);
+            }
+            if next == Next::Settle {
+                next = self.settle()?;
+            }
         }
+    }
+
+    /// Looks for more work as long as that pays, then asks for kicks.
+    fn settle(&mut self) -> std::io::Result<Next> {
+        let Some(mut active) = self.active.take() else { return Ok(Next::Sleep) };
+        let window = self.polling.window();
+        let memory = &active.map.1;
+        self.settled = Instant::now();
+        if !window.is_zero() {
+            self.backend.start()?;
+            let (backend, ring) = (&mut self.backend, &active.ring);
+            if poll::look(window, || backend.is_ready() || ring.is_available(memory)) {
+                self.metrics.polled.increment();
+                self.active = Some(active);
+                return Ok(Next::Again);
+            }
+        }
+        let more = active.ring.enable_kicks(memory).unwrap_or_else(|error| {
+            self.break_ring(&mut active, &error.to_string());
+            false
+        });
+        self.active = Some(active);
+        Ok(if more { Next::Again } else { Next::Sleep })
     }
 
     fn idle(&self) -> bool {
@@ -220,9 +261,8 @@ impl Worker {
         }
     }
 
-    fn take_events(&mut self, events: &mut Vec<Event>) -> std::io::Result<()> {
+    fn take_events(&mut self, events: &mut Vec<Event>, now: Instant) -> std::io::Result<()> {
         let mut commanded = false;
-        let now = Instant::now();
         for event in events.drain(..) {
             match event {
                 Event::Done(completion) => self.completed(completion, now),
@@ -337,7 +377,7 @@ impl Worker {
                 active.retrying = false;
             }
             let Some(head) = active.next_head(&memory)? else {
-                return Ok(if active.ring.enable_kicks(&memory)? { Next::Again } else { Next::Sleep });
+                return Ok(Next::Settle);
             };
             active.ring.walk(&memory, head, &mut self.parser.chain)?;
             let status = self.parser.status_address(&memory, head)?;
@@ -551,12 +591,4 @@ fn answer_chain(
     memory.write_obj(status, GuestAddress(address)).map_err(|_| unmapped)?;
     active.ring.put_used(memory, head, written.saturating_add(1))?;
     Ok(())
-}
-
-/// The status that tells the guest of an errno (§5.2.6): the one place where they are mapped.
-fn status_of(errno: i32, operation: Operation) -> u8 {
-    match (errno, operation) {
-        (libc::EOPNOTSUPP, Operation::Discard | Operation::WriteZeroes { .. }) => STATUS_UNSUPP,
-        _ => STATUS_IOERR,
-    }
 }

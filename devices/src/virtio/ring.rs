@@ -206,6 +206,12 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// Whether [`Ring::next_head`] has something to tell: a head, or what is wrong with the ring.
+    #[must_use]
+    pub fn is_available(&self, memory: &GuestMemoryMmap) -> bool {
+        self.load(memory, self.available + 2, Ordering::Acquire) != Ok(self.next_available)
+    }
+
     /// Gives back the last `count` heads that were taken (at most as many as are not used yet): they are taken again next.
     pub fn rewind(&mut self, count: u16) {
         self.next_available = self.next_available.wrapping_sub(count);
@@ -522,7 +528,9 @@ mod tests {
                 driver.ring(0).add(&[Buffer::writable(at, 8)]);
                 driver.ring(0).kick()
             };
+            assert!(!ring.is_available(&memory));
             assert!(add(&mut driver));
+            assert!(ring.is_available(&memory));
             ring.disable_kicks(&memory).unwrap();
             assert!(ring.next_head(&memory).unwrap().is_some());
             assert!(!add(&mut driver), "the device is awake");

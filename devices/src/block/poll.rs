@@ -1,0 +1,87 @@
+//! How long a worker looks for more work before it sleeps.
+//!
+//! To sleep and be woken costs the host two context switches and the guest an exit. Where work follows within microseconds,
+//! looking for it is cheaper for both; where it does not, looking is a waste. So the time follows from how long the worker
+//! had to wait lately: nothing on an idle or a slow disk, never more than [`LONGEST`].
+
+use std::time::{Duration, Instant};
+
+/// The most that is looked for work at a time.
+pub(super) const LONGEST: Duration = Duration::from_micros(32);
+const SHORTEST: Duration = Duration::from_micros(4);
+
+#[derive(Debug, Default)]
+pub(super) struct Polling {
+    window: Duration,
+}
+
+impl Polling {
+    /// How long to look for work now.
+    pub fn window(&self) -> Duration {
+        self.window
+    }
+
+    /// Learns from one wait: how long it took from the last work to this, and whether there was any.
+    pub fn waited(&mut self, time: Duration, worked: bool) {
+        if !worked || time > LONGEST {
+            self.window = Duration::ZERO;
+        } else if time > self.window {
+            self.window = (self.window * 2).clamp(SHORTEST, LONGEST);
+        }
+    }
+}
+
+/// Looks until there is something, at most for `window`; tells whether there was.
+pub(super) fn look(window: Duration, mut found: impl FnMut() -> bool) -> bool {
+    let begin = Instant::now();
+    loop {
+        if found() {
+            return true;
+        }
+        if begin.elapsed() >= window {
+            return false;
+        }
+        std::hint::spin_loop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_micros(20);
+
+    #[test]
+    fn work_that_comes_soon_is_looked_for_and_never_longer_than_the_limit() {
+        let mut polling = Polling::default();
+        assert_eq!(polling.window(), Duration::ZERO, "a disk that has done nothing yet costs nothing");
+        for wanted in [4, 8, 16, 32, 32] {
+            polling.waited(LONGEST, true);
+            assert_eq!(polling.window(), Duration::from_micros(wanted));
+        }
+        let mut polling = Polling::default();
+        (0..5).for_each(|_| polling.waited(SOON, true));
+        assert_eq!(polling.window(), LONGEST, "enough to find it");
+    }
+
+    #[test]
+    fn a_slow_or_idle_disk_and_kicks_for_nothing_end_it_at_once() {
+        for (time, worked) in [(LONGEST * 2, true), (SOON, false)] {
+            let mut polling = Polling::default();
+            (0..5).for_each(|_| polling.waited(SOON, true));
+            polling.waited(time, worked);
+            assert_eq!(polling.window(), Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn a_look_ends_when_something_is_found_or_the_time_is_over() {
+        let mut looks = 0;
+        assert!(look(Duration::MAX, || {
+            looks += 1;
+            looks == 3
+        }));
+        assert_eq!(looks, 3);
+        assert!(!look(SOON, || false));
+    }
+}
