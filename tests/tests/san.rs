@@ -4,14 +4,27 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use rackvisor_api::config::DiskConfig;
+use rackvisor_api::client::Client;
+use rackvisor_api::config::{DiskConfig, DiskPatch};
+use rackvisor_api::problem::Code;
+use rackvisor_api::state::{Action, VmState};
 use rackvisor_tests::{
-    Guest, Laps, Rackvisor, San, assert_same_bytes, eventually, linux, linux_with_fio, needs_san, skip,
+    Guest, Laps, Mapped, Rackvisor, San, assert_same_bytes, eventually, linux, linux_with_fio, needs_kvm, needs_san,
+    skip,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
+
+/// The disk with these fields besides.
+fn with(disk: &DiskConfig, fields: Value) -> DiskConfig {
+    let mut disk = serde_json::to_value(disk).unwrap();
+    let fields = fields.as_object().unwrap().clone();
+    disk.as_object_mut().unwrap().extend(fields);
+    serde_json::from_value(disk).unwrap()
+}
 
 /// Waits until the guest has written so many times more.
 fn wait_for_writes(vmm: &Rackvisor, id: &str, more: u64) {
@@ -44,6 +57,129 @@ fn a_guest_notices_nothing_when_one_path_dies_and_returns() {
     assert!(laps.finish(&mut guest) > 0);
     assert_no_complaint(&mut guest);
     assert_eq!(vmm.client.disk("root").unwrap().counters.errors, 0);
+    assert_eq!(vmm.events("disk-error"), [] as [Value; 0]);
+}
+
+#[test]
+fn without_a_path_a_vm_that_stops_on_errors_pauses_and_goes_on_as_if_nothing_had_been_and_another_is_told() {
+    needs_san!();
+    let san = San::take();
+    // Two VMs, one outage.
+    let (stops, reports) = (Rackvisor::start(), Rackvisor::start());
+    let mut config = linux_with_fio();
+    config.disks = vec![with(&san.disk("root", San::RETRIES), json!({ "on_error": "stop" }))];
+    let mut guest = stops.boot_linux(&config);
+    let mut config = linux();
+    config.disks = vec![san.disk("data", San::FAILS)];
+    let mut other = reports.boot_linux(&config);
+
+    let laps = Laps::start(&mut guest, "/dev/vda");
+    other.send("i=0; while dd if=/dev/zero of=/dev/vda bs=4k seek=$i count=1 oflag=direct; do i=$((i + 1)); done 2>&1 | grep rror");
+    wait_for_writes(&stops, "root", 100);
+    san.fail_all_paths();
+
+    // The guest of the one is told.
+    let (_, said) = other.result();
+    assert!(said.contains("nput/output error"), "{said}");
+    let error = reports.wait_for_event("disk-error", |_| true);
+    assert_eq!((&error["device"], &error["operation"]), (&json!("data"), &json!("write")));
+    assert_eq!((&error["action"], reports.state()), (&json!("reported"), VmState::Running));
+
+    // The other stands still.
+    let vm = stops.wait_for(VmState::Paused);
+    let error = stops.wait_for_event("disk-error", |error| error["action"] == "stopped");
+    assert_eq!(error["device"], "root");
+    assert!(error["sector"].as_u64().unwrap() * 512 < Laps::AREA, "{error}");
+    assert!(error["errno"].as_i64().unwrap() > 0 && !error["detail"].as_str().unwrap().is_empty(), "{error}");
+    let cause = vm.cause.unwrap();
+    assert!(cause.contains("root"), "{cause}");
+
+    // Too early: it fails again, and nothing is lost by that.
+    let before = stops.events("disk-error").len();
+    stops.client.act(Action::Resume).unwrap();
+    eventually("it fails again", || (stops.events("disk-error").len() > before).then_some(()));
+    stops.wait_for(VmState::Paused);
+
+    san.restore_all_paths();
+    assert_eq!(stops.client.act(Action::Resume).unwrap().cause, None);
+    wait_for_writes(&stops, "root", 100);
+    assert!(laps.finish(&mut guest) > 0);
+    assert_no_complaint(&mut guest);
+    assert_eq!(stops.state(), VmState::Running);
+    assert!(!other.ok("dmesg | grep 'I/O error'").is_empty());
+}
+
+/// How long the answers to what one asks of a VM all day took, in rising order.
+fn ask_until(client: &Client, done: &AtomicBool) -> Vec<Duration> {
+    let mut answers = Vec::new();
+    while !done.load(Ordering::SeqCst) {
+        let questions: [fn(&Client); 4] = [
+            |client| drop(client.describe().unwrap()),
+            |client| drop(client.disks().unwrap()),
+            |client| drop(client.disk("root").unwrap()),
+            |client| drop(client.metrics().unwrap()),
+        ];
+        for ask in questions {
+            let begin = Instant::now();
+            ask(client);
+            answers.push(begin.elapsed());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    answers.sort();
+    answers
+}
+
+#[test]
+fn while_a_lun_without_a_path_keeps_its_requests_the_api_answers_and_a_pause_that_was_too_late_comes_by_itself() {
+    needs_san!();
+    let san = San::take();
+    let vmm = Rackvisor::start();
+    let mut config = linux_with_fio();
+    config.disks = vec![with(&san.disk("root", San::QUEUES), json!({ "stall_after": "3s" }))];
+    let mut guest = vmm.boot_linux(&config);
+    let laps = Laps::start(&mut guest, "/dev/vda");
+    wait_for_writes(&vmm, "root", 50);
+    san.fail_all_paths();
+
+    let stalled = vmm.wait_for_event("disk-stalled", |_| true);
+    assert_eq!(stalled["device"], "root");
+    assert!(stalled["requests"].as_u64().unwrap() > 0 && stalled["oldest_ms"].as_u64().unwrap() >= 3000, "{stalled}");
+    san.wait_paths(0);
+    let gauge = || {
+        let metrics = vmm.client.metrics().unwrap();
+        let line = metrics.lines().find(|line| line.starts_with("rackvisor_disk_stalled{")).map(str::to_owned);
+        line.unwrap().ends_with(" 1.0")
+    };
+    let disk = vmm.client.disk("root").unwrap();
+    assert!(gauge() && disk.stalled && disk.in_flight > 0 && disk.oldest_request_ms >= 3000, "{disk:?}");
+
+    let done = AtomicBool::new(false);
+    let answers = thread::scope(|scope| {
+        let asker = scope.spawn(|| ask_until(&vmm.client, &done));
+        let busy = vmm.client.act(Action::Pause).unwrap_err();
+        assert_eq!(busy.code(), Some(Code::StillBusy), "{busy}");
+        let busy = busy.to_string();
+        assert!(busy.contains("request") && busy.contains("oldest") && busy.contains("on root"), "{busy}");
+        let pending = vmm.client.describe().unwrap().pending.unwrap();
+        assert!(pending.contains("pause") && pending.contains("on root"), "{pending}");
+        done.store(true, Ordering::SeqCst);
+        asker.join().unwrap()
+    });
+    let (count, slowest) = (answers.len(), answers[answers.len() - 1]);
+    println!("{count} answers while the LUN hung, the slowest after {} ms", slowest.as_millis());
+    // A limit of time, as the sentence is about one. The laboratory has fits of a second; a disk that is waited for takes 20.
+    let usual = answers[count * 98 / 100];
+    assert!(count > 20 && usual < Duration::from_secs(1) && slowest < Duration::from_secs(5), "{answers:?}");
+
+    san.restore_all_paths();
+    vmm.wait_for(VmState::Paused);
+    let recovered = vmm.wait_for_event("disk-recovered", |_| true);
+    assert_eq!(recovered["device"], "root");
+    assert!(recovered["stalled_ms"].as_u64().unwrap() > 0 && !gauge(), "{recovered}");
+    vmm.client.act(Action::Resume).unwrap();
+    wait_for_writes(&vmm, "root", 50);
+    assert!(laps.finish(&mut guest) > 0);
     assert_eq!(vmm.events("disk-error"), [] as [Value; 0]);
 }
 
@@ -150,4 +286,83 @@ fn luns_of_large_blocks_whether_native_or_emulated_look_so_to_the_guest_and_hold
     guest.ok("seq 1 2000 | head -c 4096 >/tmp/block && dd if=/tmp/block of=/dev/vda bs=4k seek=3 oflag=direct conv=notrunc,fsync");
     let text: String = (1..=2000).map(|number| format!("{number}\n")).collect();
     assert_same_bytes(&san.read(San::FAILS, 1)[3 * 4096..4 * 4096], &text.as_bytes()[..4096], "the fourth block");
+}
+
+/// Waits until the guest's disk has this many bytes.
+fn wait_for_size(guest: &mut Guest, bytes: u64) {
+    let sectors = bytes / 512;
+    guest.ok(&format!("until read -r size </sys/block/vda/size && [ $size = {sectors} ]; do sleep 0.1; done"));
+}
+
+/// Grows a LUN, and says how long after its host the guest knew it.
+fn grow_unannounced(san: &San, lun: usize, bytes: u64, guest: &mut Guest) -> Duration {
+    thread::scope(|scope| {
+        let grower = scope.spawn(|| san.grow(lun, &bytes.to_string()));
+        let host = scope.spawn(|| eventually("the host knows it", || (san.size(lun) == bytes).then(Instant::now)));
+        wait_for_size(guest, bytes);
+        let seen = Instant::now();
+        grower.join().unwrap();
+        seen.saturating_duration_since(host.join().unwrap())
+    })
+}
+
+#[test]
+fn a_lun_that_grows_under_a_mounted_file_system_is_seen_in_two_seconds_without_a_word_or_at_once_by_an_empty_patch() {
+    const GIB: u64 = 1 << 30;
+    needs_san!();
+    let san = San::take();
+    let vmm = Rackvisor::start();
+    let mut config = linux_with_fio();
+    config.disks = vec![san.disk("root", San::QUEUES)];
+    let mut guest = vmm.boot_linux(&config);
+    let small = vmm.client.disk("root").unwrap().capacity.unwrap();
+    guest.ok(
+        "mke2fs -q -b 4096 -i 1048576 /dev/vda && mount -t ext4 /dev/vda /mnt && seq 1 200000 >/mnt/numbers && sync",
+    );
+    let kibibytes = "df -k /mnt | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2";
+    let before: u64 = guest.ok(kibibytes).parse().unwrap();
+
+    let sizes = [small + GIB / 4, small + GIB / 2, small + GIB];
+    let mut delays = sizes.map(|bytes| grow_unannounced(&san, San::QUEUES, bytes, &mut guest));
+    println!("the guest saw the LUN grow {delays:?} after its host");
+    delays.sort();
+    // It is looked for once a second. The laboratory has fits of a second: what is usual counts.
+    assert!(delays[1] < Duration::from_secs(2), "{delays:?}");
+    let told = sizes.map(|bytes| json!({ "device": "root", "capacity": bytes }));
+    assert_eq!(vmm.events("disk-resized"), told);
+    guest.ok("resize2fs /dev/vda 2>&1");
+    let after: u64 = guest.ok(kibibytes).parse().unwrap();
+    assert!(after - before > GIB / 1024 * 9 / 10, "{before} KiB, then {after} KiB");
+    guest.ok("seq 1 200000 | cmp - /mnt/numbers && cp /mnt/numbers /mnt/again && sync && umount /mnt");
+    guest.ok("mount -t ext4 /dev/vda /mnt && cmp /mnt/numbers /mnt/again && umount /mnt");
+
+    san.grow(San::QUEUES, &(small + 2 * GIB).to_string());
+    let disk = vmm.client.patch_disk("root", &DiskPatch::default()).unwrap();
+    assert_eq!(disk.capacity, Some(small + 2 * GIB), "the answer to the patch knows it");
+    wait_for_size(&mut guest, small + 2 * GIB);
+}
+
+#[test]
+fn a_disk_that_shrinks_keeps_its_size_for_the_guest_and_that_is_reported() {
+    needs_kvm!();
+    let Some(mapped) = Mapped::new(64) else { return skip("device-mapper needs root and /dev/mapper/control") };
+    const MIB: u64 = 1 << 20;
+    let vmm = Rackvisor::start();
+    let mut config = linux();
+    config.disks = vec![DiskConfig::new("data", &mapped.path)];
+    let mut guest = vmm.boot_linux(&config);
+    mapped.resize(32);
+    let refused = vmm.client.patch_disk("data", &DiskPatch::default()).unwrap_err().to_string();
+    assert!(refused.contains("shrank") && refused.contains("data"), "{refused}");
+    assert_eq!(vmm.client.disk("data").unwrap().capacity, Some(64 * MIB));
+    assert_eq!(guest.ok("blockdev --getsize64 /dev/vda"), (64 * MIB).to_string());
+    let reported = vmm.wait_for_event("device-error", |error| error["device"] == "data");
+    assert!(reported["detail"].as_str().unwrap().contains("shrank"), "{reported}");
+    guest.ok("dd if=/dev/vda of=/dev/null bs=1M count=32 iflag=direct");
+    let (status, _) = guest.run("dd if=/dev/vda of=/dev/null bs=1M skip=32 count=1 iflag=direct");
+    assert_ne!(status, 0, "what is not there is read");
+    // Once it has its size again all is well.
+    mapped.resize(64);
+    assert_eq!(vmm.client.patch_disk("data", &DiskPatch::default()).unwrap().capacity, Some(64 * MIB));
+    guest.ok("dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct");
 }
