@@ -62,6 +62,13 @@ pub enum EventKind {
         /// What went wrong.
         detail: String,
     },
+    /// What a device needs of the host, and had lost, works again.
+    DeviceRestored {
+        /// The id of the device.
+        device: String,
+        /// What works again.
+        detail: String,
+    },
     /// The host reported an I/O error on a disk.
     DiskError {
         /// The id of the disk.
@@ -152,6 +159,7 @@ impl EventKind {
             Self::GuestShutdown => "guest-shutdown",
             Self::Crashed { .. } => "crashed",
             Self::DeviceError { .. } => "device-error",
+            Self::DeviceRestored { .. } => "device-restored",
             Self::DiskError { .. } => "disk-error",
             Self::DiskStalled { .. } => "disk-stalled",
             Self::DiskRecovered { .. } => "disk-recovered",
@@ -385,6 +393,7 @@ mod tests {
             EventKind::GuestShutdown,
             EventKind::Crashed { cause: "triple fault".into() },
             EventKind::DeviceError { device: "root".into(), detail: "EIO".into() },
+            EventKind::DeviceRestored { device: "net0".into(), detail: "tap0".into() },
             EventKind::DiskError {
                 device: "root".into(),
                 operation: "write".into(),

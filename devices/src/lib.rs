@@ -99,6 +99,11 @@ pub enum DeviceEvent {
         /// What was wrong, for the operator.
         reason: String,
     },
+    /// The host side of the device (tap), which had failed, works again.
+    BackendRestored {
+        /// What works, for the operator.
+        detail: String,
+    },
     /// The host side of the device (tap, LUN) failed and the device works on without it.
     BackendLost {
         /// What failed, for the operator.

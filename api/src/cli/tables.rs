@@ -320,7 +320,9 @@ pub fn event(event: &Event) -> String {
         }
         EventKind::GuestReset | EventKind::GuestShutdown => String::new(),
         EventKind::Crashed { cause } => cause.clone(),
-        EventKind::DeviceError { device, detail } => format!("{device}: {detail}"),
+        EventKind::DeviceError { device, detail } | EventKind::DeviceRestored { device, detail } => {
+            format!("{device}: {detail}")
+        }
         EventKind::DiskResized { device, capacity } => format!("{device}: {}", ByteSize(*capacity)),
         EventKind::LinkChanged { device, link } => format!("{device}: {}", word(link)),
         EventKind::ReservationLost { device, holder } => {

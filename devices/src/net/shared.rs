@@ -53,6 +53,8 @@ pub(super) struct Shared {
     /// Workers that have yet to stop.
     pub(super) draining: AtomicU16,
     tap_lost: AtomicBool,
+    /// Grows each time that the tap's descriptors have another file behind them.
+    pub(super) tap_generation: AtomicU64,
     command_refused: AtomicBool,
     signals: Mutex<Option<Weak<dyn TransportSignals>>>,
     notifier: Arc<dyn DeviceNotifier>,
@@ -95,6 +97,7 @@ impl Shared {
             pairs_waiting: AtomicU16::new(0),
             draining: AtomicU16::new(0),
             tap_lost: AtomicBool::new(false),
+            tap_generation: AtomicU64::new(0),
             command_refused: AtomicBool::new(false),
             signals: Mutex::new(None),
             notifier,
@@ -186,9 +189,15 @@ impl Shared {
             return;
         }
         let tap = self.tap.name();
-        let remedy = "set it up with `ip link set up`, or restart the VM if it was deleted";
+        let remedy = "set it up with `ip link set up`, or make it again if it was deleted";
         tracing::warn!(nic = self.id, tap, action, %error, "the tap fails; frames are dropped: {remedy}");
         self.notify(DeviceEvent::BackendLost { reason: format!("tap {tap}: cannot {action}: {error}; {remedy}") });
+        // The first worker looks after it.
+        self.wake(0);
+    }
+
+    pub(super) fn is_tap_lost(&self) -> bool {
+        self.tap_lost.load(Ordering::Relaxed)
     }
 
     /// The tap refused what the driver asked for. Logged the first time only: the driver can ask as often as it likes.
@@ -202,7 +211,9 @@ impl Shared {
     /// A frame went through the tap.
     pub(super) fn tap_works(&self) {
         if self.tap_lost.load(Ordering::Relaxed) && self.tap_lost.swap(false, Ordering::Relaxed) {
-            tracing::info!(nic = self.id, tap = self.tap.name(), "the tap works again");
+            let tap = self.tap.name();
+            tracing::info!(nic = self.id, tap, "the tap works again");
+            self.notify(DeviceEvent::BackendRestored { detail: format!("tap {tap} works again") });
         }
     }
 }

@@ -131,6 +131,12 @@ pub(super) fn mtu(name: &str) -> io::Result<u32> {
     u32::try_from(request.value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
+/// Puts the open file of `with` in the place of that of `fd`, whose number stays.
+pub(super) fn replace(fd: BorrowedFd<'_>, with: &OwnedFd) -> io::Result<()> {
+    // SAFETY: both descriptors are open and stay with their owners; only the file behind the first is exchanged.
+    check(unsafe { libc::dup3(with.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) })
+}
+
 /// Makes reads and writes on `fd` return at once.
 pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: `fd` is open; these commands take and give integers.

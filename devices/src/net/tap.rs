@@ -111,6 +111,8 @@ pub struct Tap {
     name: String,
     queues: Vec<TapQueue>,
     uso: bool,
+    /// How it was opened by its name; `None` if it came as descriptors.
+    flags: Option<u16>,
     /// The header size that was found. `None` for what is not a real tap, in tests.
     found_header: Option<i32>,
     carrier_lost: AtomicBool,
@@ -152,7 +154,7 @@ impl Tap {
         if !existed {
             tracing::warn!(tap = name, "the tap did not exist and was created; it is down and belongs to no bridge");
         }
-        Self::from_checked(name.to_owned(), fds)
+        Self::from_checked(name.to_owned(), fds, Some(flags))
     }
 
     /// Takes a tap as descriptors, one per queue pair, that somebody else opened. They become non-blocking.
@@ -180,12 +182,13 @@ impl Tap {
         if fds.is_empty() || fds.len() > usize::from(MAX_QUEUES) {
             return Err(TapError::Count { name, count: fds.len() });
         }
-        Self::from_checked(name, fds)
+        Self::from_checked(name, fds, None)
     }
 
-    fn from_checked(name: String, fds: Vec<OwnedFd>) -> Result<Self, TapError> {
+    fn from_checked(name: String, fds: Vec<OwnedFd>, flags: Option<u16>) -> Result<Self, TapError> {
         let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
-        let mut tap = Self { name, queues, uso: false, found_header: None, carrier_lost: AtomicBool::new(false) };
+        let carrier_lost = AtomicBool::new(false);
+        let mut tap = Self { name, queues, uso: false, flags, found_header: None, carrier_lost };
         // Dropped after a failure, it puts back what was set so far.
         match tap.prepare() {
             Ok(()) => Ok(tap),
@@ -221,7 +224,42 @@ impl Tap {
         }
         let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
         let name = "double".to_owned();
-        Self { name, queues, uso: true, found_header: None, carrier_lost: AtomicBool::new(false) }
+        Self { name, queues, uso: true, flags: None, found_header: None, carrier_lost: AtomicBool::new(false) }
+    }
+
+    /// Whether the interface behind the descriptors was deleted.
+    pub(super) fn is_gone(&self) -> bool {
+        self.control().is_some_and(|fd| sys::interface(fd).is_err())
+    }
+
+    /// Goes over to the interface that has the name now, if there is one. The descriptors keep their numbers; all queues are in
+    /// service, and offloads are off. Never makes an interface.
+    ///
+    /// # Errors
+    /// [`TapError`]; everything is as before then.
+    pub(super) fn reopen(&self) -> Result<(), TapError> {
+        let Some(flags) = self.flags.filter(|_| sys::interface_exists(&self.name)) else {
+            return Err(TapError::Missing(self.name.clone()));
+        };
+        let queues = self.queues();
+        let kernel = |action| move |error| TapError::Kernel { name: self.name.clone(), action, error };
+        let mut fresh = Vec::new();
+        for _ in &self.queues {
+            let fd = open_driver(&self.name)?;
+            sys::set_interface(fd.as_fd(), &self.name, flags)
+                .map_err(|error| open_error(&self.name, queues, true, error))?;
+            fresh.push(fd);
+        }
+        if let Some(first) = fresh.first() {
+            let size = i32::try_from(HEADER_SIZE).unwrap_or(i32::MAX);
+            sys::set_header_size(first.as_fd(), size).map_err(kernel("set the header size"))?;
+            sys::set_offload(first.as_fd(), 0).map_err(kernel("switch offloads off"))?;
+        }
+        for (queue, fd) in self.queues.iter().zip(&fresh) {
+            sys::replace(queue.fd.as_fd(), fd).map_err(kernel("take over a queue"))?;
+            queue.attached.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// The interface's name; empty where it could not be found out.

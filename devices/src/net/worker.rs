@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -21,6 +21,7 @@ use super::filter::Filter;
 use super::lane::Lane;
 use super::rx::Rx;
 use super::shared::Shared;
+use super::tap::TapError;
 use super::tx::Tx;
 use super::{MAX_FRAME, features, sys};
 use crate::virtio::ring::RingError;
@@ -32,6 +33,8 @@ const TAP: u64 = 1;
 const RX_KICK: u64 = 2;
 const TX_KICK: u64 = 3;
 const CONTROL_KICK: u64 = 4;
+/// Between two looks for a tap that was deleted.
+const RETRY: Duration = Duration::from_secs(1);
 /// Turns that the emptying of a tap of stale frames may take: more frames than a tap's queue commonly holds.
 const PURGE_TURNS: u32 = 64;
 
@@ -98,6 +101,10 @@ pub(super) struct Worker {
     purges: u64,
     /// [`Shared::announcements`] as it was seen last.
     announcements: u64,
+    /// [`Shared::tap_generation`] as it was seen last.
+    tap_generation: u64,
+    /// When the first worker looks again whether a lost tap is back.
+    retry: Option<Instant>,
     /// An announcement that is under way. The first worker makes it.
     rounds: Option<Rounds>,
 }
@@ -125,6 +132,8 @@ impl Worker {
             carrier: true,
             purges: 0,
             announcements: 0,
+            tap_generation: 0,
+            retry: None,
             rounds: None,
         })
     }
@@ -156,6 +165,8 @@ impl Worker {
                     running.mark(event.data(), event.event_set(), counters);
                 }
             }
+            self.look_after_tap();
+            self.follow_tap(tap);
             self.announce(tap);
             more = self.turn(counters, tap);
         }
@@ -167,13 +178,63 @@ impl Worker {
             let (rx, tx) = (running.rx.as_ref(), running.tx.as_ref());
             [rx.and_then(|rx| rx.throttled), tx.and_then(|tx| tx.throttled)].into_iter().flatten()
         });
-        let due = self.rounds.map(|rounds| rounds.next()).into_iter().chain(throttled).min();
+        let due = self.rounds.map(|rounds| rounds.next()).into_iter().chain(self.retry).chain(throttled).min();
         let due = due.map(|due| due.saturating_duration_since(Instant::now()));
         match (more, due) {
             (true, _) => 0,
             // Rounded up: it is due when the wait is over.
             (false, Some(left)) => i32::try_from(left.as_millis()).unwrap_or(i32::MAX - 1) + i32::from(!left.is_zero()),
             (false, None) => -1,
+        }
+    }
+
+    /// The first worker sees whether a tap that was deleted has been made again, once a second while it is lost.
+    fn look_after_tap(&mut self) {
+        let shared = &self.shared;
+        if self.index > 0 || !shared.is_tap_lost() {
+            self.retry = None;
+            return;
+        }
+        let now = Instant::now();
+        if self.retry.is_some_and(|retry| now < retry) {
+            return;
+        }
+        self.retry = Some(now + RETRY);
+        if !shared.tap.is_gone() {
+            return;
+        }
+        let reopened = shared.tap.reopen().and_then(|()| {
+            let offload = tap_offload(shared.offloads.load(Ordering::SeqCst));
+            let pairs = usize::from(shared.pairs.load(Ordering::SeqCst));
+            let prepared = shared.tap.use_queues(pairs).and_then(|()| shared.tap.set_offload(offload));
+            let name = shared.tap.name().to_owned();
+            prepared.map_err(|error| TapError::Kernel { name, action: "prepare it for the driver", error })
+        });
+        match reopened {
+            Ok(()) => {
+                if !self.carrier {
+                    shared.tap.set_carrier(false);
+                }
+                shared.tap_generation.fetch_add(1, Ordering::SeqCst);
+                shared.tap_works();
+                shared.wake_all();
+            }
+            Err(error) => tracing::debug!(nic = shared.id, %error, "the tap is not back"),
+        }
+    }
+
+    /// Watches the tap anew if there is another file behind its descriptor, which ended the former watch.
+    fn follow_tap(&mut self, tap: BorrowedFd<'_>) {
+        let generation = self.shared.tap_generation.load(Ordering::SeqCst);
+        if std::mem::replace(&mut self.tap_generation, generation) == generation || self.running.is_none() {
+            return;
+        }
+        self.watch(ControlOperation::Add, tap.as_raw_fd(), TAP, EventSet::IN | EventSet::OUT);
+        if let Some(running) = &mut self.running {
+            running.mark_all();
+            if let Some(tx) = &mut running.tx {
+                tx.blocked = false;
+            }
         }
     }
 

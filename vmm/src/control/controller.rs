@@ -424,6 +424,7 @@ impl Controller {
                 let detail = format!("the driver broke the rules, the device waits for its reset: {reason}");
                 self.publish(EventKind::DeviceError { device, detail });
             }
+            DeviceEvent::BackendRestored { detail } => self.publish(EventKind::DeviceRestored { device, detail }),
             DeviceEvent::BackendLost { reason } => {
                 self.publish(EventKind::DeviceError { device, detail: reason });
             }

@@ -233,6 +233,65 @@ fn a_tap_that_goes_down_is_told_of_once_and_works_again_when_it_is_up() {
     });
 }
 
+/// Runs `ip`; says whether it did what it was told.
+fn ip(arguments: &str) -> bool {
+    let status = std::process::Command::new("ip").args(arguments.split_whitespace()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+#[test]
+fn a_tap_that_is_deleted_and_made_again_serves_on_with_all_its_queues() {
+    in_namespace(|| {
+        let negotiated = MERGE | bit(features::MQ) | bit(features::CTRL_VQ);
+        let mut card = Card::real("rvtest0", 2, negotiated);
+        let addresses = card.give_many(64, 600);
+        let command = card.driver.allocate(8, 1);
+        card.driver.write(command, &[4, 0, 2, 0, 0xaa]);
+        card.driver.ring(4).add(&[Buffer::readable(command, 4), Buffer::writable(command + 4, 1)]);
+        card.driver.ring(4).kick();
+        card.used(4);
+        let events = |card: &Card, wanted: fn(&DeviceEvent) -> bool| {
+            card.notifier.events().iter().filter(|(_, event)| wanted(event)).count()
+        };
+        for round in 1..=2 {
+            assert!(ip("link delete rvtest0"));
+            wait(
+                || events(&card, |event| matches!(event, DeviceEvent::BackendLost { .. })) == round,
+                "the loss is noticed without a frame",
+            );
+            assert_eq!(events(&card, |event| matches!(event, DeviceEvent::BackendRestored { .. })), round - 1);
+            assert!(ip("tuntap add dev rvtest0 mode tap vnet_hdr multi_queue"));
+            set_up("rvtest0", true);
+            wait(
+                || events(&card, |event| matches!(event, DeviceEvent::BackendRestored { .. })) == round,
+                "the tap is back",
+            );
+            let wire = Wire::new("rvtest0", false);
+            for pair in 0..2 {
+                let data = [&[0; HEADER_SIZE][..], &ethernet(true, 80, 1)].concat();
+                let address = card.driver.allocate(data.len() as u64, 1);
+                card.driver.write(address, &data);
+                card.driver.ring(2 * pair + 1).add(&[Buffer::readable(address, data.len() as u32)]);
+                card.driver.ring(2 * pair + 1).kick();
+                assert_eq!(wire.receive(), data[HEADER_SIZE..], "pair {pair}");
+                card.used(2 * pair + 1);
+            }
+            // The second pair is out of service again, so that the frame comes by the first.
+            card.driver.write(command, &[4, 0, 1, 0, 0xaa]);
+            card.driver.ring(4).add(&[Buffer::readable(command, 4), Buffer::writable(command + 4, 1)]);
+            card.driver.ring(4).kick();
+            card.used(4);
+            let back = ethernet(false, 100, 3);
+            wire.send(&back);
+            assert_eq!(card.await_frame(&addresses)[HEADER_SIZE..], back);
+            card.driver.write(command, &[4, 0, 2, 0, 0xaa]);
+            card.driver.ring(4).add(&[Buffer::readable(command, 4), Buffer::writable(command + 4, 1)]);
+            card.driver.ring(4).kick();
+            card.used(4);
+        }
+    });
+}
+
 #[test]
 fn pairs_of_a_real_tap_are_attached_and_detached_as_the_driver_says() {
     in_namespace(|| {
