@@ -2,7 +2,7 @@
 
 use super::backend::Geometry;
 
-/// Feature bits (§5.2.3).
+/// Feature bits (§5.2.3). SECURE_ERASE is never offered: no SAN transport does it through Linux's block layer.
 pub mod feature {
     /// Configuration has `seg_max`.
     pub const SEG_MAX: u32 = 2;
