@@ -25,7 +25,7 @@ DEEP = 32
 LIMIT_DEEP = 1.3
 REFERENCE = "qemu-q35"
 CPUS = 2
-TIMEOUT = 180
+TIMEOUT = 90
 # Seconds of fio before and after what is measured: it starts, and all machines' caches and polling settle.
 LEAD = 1.5
 TRAIL = 0.5

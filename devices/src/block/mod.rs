@@ -14,6 +14,7 @@ mod config;
 mod device;
 mod error;
 mod file;
+mod gather;
 mod identity;
 mod metrics;
 mod poll;

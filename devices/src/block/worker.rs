@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{BlockBackend, Completion, Event, Operation, Request, Signal};
 use super::metrics::{QueueMetrics, name};
-use super::poll::{self, Polling};
+use super::poll::{self, Pace};
 use super::request::{Asked, ChainError, Parser, Range, STATUS_OK, status_of};
 use super::shared::Disk;
 use crate::virtio::ring::{Ring, RingError};
@@ -135,9 +135,7 @@ pub(super) struct Worker {
     sequence: u64,
     /// A flush of our own has to follow all requests before this one.
     sync_after: Option<u64>,
-    polling: Polling,
-    /// When the ring was last found empty.
-    settled: Instant,
+    pace: Pace,
     leaving: bool,
 }
 
@@ -171,8 +169,7 @@ impl Worker {
             free: (0..depth).rev().collect(),
             sequence: 0,
             sync_after: None,
-            polling: Polling::default(),
-            settled: Instant::now(),
+            pace: Pace::new(),
             leaving: false,
             disk,
         };
@@ -198,12 +195,15 @@ impl Worker {
                 return Ok(());
             }
             let slept = next == Next::Sleep;
-            next = self.take_requests();
-            if slept {
-                self.polling.waited(now.saturating_duration_since(self.settled), done || self.sequence != taken);
-            }
+            next = match self.pace.gather.rest(now) {
+                Some(rest) => Next::After(rest),
+                None => self.take_requests(now),
+            };
+            let came = u32::try_from(self.sequence - taken).unwrap_or(u32::MAX);
+            self.metrics.gathered.add(if self.pace.gather.is_on() { came.into() } else { 0 });
+            self.pace.turned(now, slept, done, came);
             if next == Next::Settle {
-                next = self.settle()?;
+                next = self.pace.gather.rest(now).map_or_else(|| self.settle(), |rest| Ok(Next::After(rest)))?;
             }
         }
     }
@@ -211,9 +211,9 @@ impl Worker {
     /// Looks for more work as long as that pays, then asks for kicks.
     fn settle(&mut self) -> std::io::Result<Next> {
         let Some(mut active) = self.active.take() else { return Ok(Next::Sleep) };
-        let window = self.polling.window();
+        let window = self.pace.polling.window();
         let memory = &active.map.1;
-        self.settled = Instant::now();
+        self.pace.settled = Instant::now();
         if !window.is_zero() {
             self.backend.start()?;
             let (backend, ring) = (&mut self.backend, &active.ring);
@@ -297,6 +297,7 @@ impl Worker {
     fn start(&mut self, start: Start) -> std::io::Result<()> {
         let Start { index, ring, kick, interrupt, memory, signals, flushes, again } = start;
         self.metrics.held.set(0);
+        self.pace = Pace::new();
         self.backend.watch(Signal::Kick, Some(kick))?;
         let map = (0, memory.memory().into_inner());
         let (retired, broken, stopping) = (Vec::new(), false, false);
@@ -343,12 +344,12 @@ impl Worker {
     }
 
     /// Takes what the driver made available.
-    fn take_requests(&mut self) -> Next {
+    fn take_requests(&mut self, now: Instant) -> Next {
         let Some(mut active) = self.active.take() else { return Next::Sleep };
         let mut next = Next::Sleep;
         if !active.broken && !active.stopping && active.held.is_empty() && !self.disk.is_fenced() {
             active.refresh_map(&self.slots);
-            match self.take_batch(&mut active) {
+            match self.take_batch(&mut active, now) {
                 Ok(then) => next = then,
                 Err(error) => self.break_ring(&mut active, &error.to_string()),
             }
@@ -359,10 +360,9 @@ impl Worker {
         next
     }
 
-    fn take_batch(&mut self, active: &mut Active) -> Result<Next, ChainError> {
+    fn take_batch(&mut self, active: &mut Active, now: Instant) -> Result<Next, ChainError> {
         let (number, memory) = active.map.clone();
         active.ring.disable_kicks(&memory)?;
-        let now = Instant::now();
         let stable = !active.flushes || !self.disk.writeback.load(Ordering::Relaxed);
         // At most one ring full: commands and completions have their turn whatever the driver does.
         for _ in 0..active.ring.size() {
