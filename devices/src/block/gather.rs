@@ -14,7 +14,7 @@ const EPISODE: u32 = 128;
 const PROBE: u32 = 8;
 /// Smaller batches than this on average are worth a try.
 const SMALL: u32 = 4;
-/// How much more has to come through, in percent of what comes without gathering.
+/// How many times as many have to come through as without gathering.
 const GAIN: f64 = 1.1;
 /// Time for gathering, in times of one request and at least and most.
 const REQUESTS: u32 = 4;
@@ -83,6 +83,7 @@ impl Gather {
     /// A batch of requests (at least one) was taken.
     pub fn taken(&mut self, requests: u32, now: Instant) {
         if now.saturating_duration_since(self.last) > IDLE {
+            (self.pause, self.left) = (None, self.left.min(1));
             self.begin(now);
         }
         self.last = now;
@@ -207,6 +208,17 @@ mod tests {
         model.run(200_000);
         model.run(200_000);
         assert!(model.gathered * 50 < model.total, "{} of {}", model.gathered, model.total);
+    }
+
+    #[test]
+    fn after_a_break_requests_are_taken_at_once() {
+        let mut model = Model::new(100, 400, 32);
+        while !model.gather.is_on() {
+            model.run(1);
+        }
+        model.now += 2 * IDLE;
+        model.gather.taken(1, model.now);
+        assert_eq!(model.gather.rest(model.now), None);
     }
 
     #[test]
