@@ -93,6 +93,7 @@ fn without_a_path_a_vm_that_stops_on_errors_pauses_and_goes_on_as_if_nothing_had
     assert!(error["errno"].as_i64().unwrap() > 0 && !error["detail"].as_str().unwrap().is_empty(), "{error}");
     let cause = vm.cause.unwrap();
     assert!(cause.contains("root"), "{cause}");
+    assert!(stops.client.disk("root").unwrap().held > 0);
 
     // Too early: it fails again, and nothing is lost by that.
     let before = stops.events("disk-error").len();
