@@ -204,8 +204,7 @@ fn a_kill_in_mid_write_loses_no_record_whose_flush_was_acknowledged() {
     let before = flushes();
     guest.ok("dd if=/dev/zero of=/dev/vda bs=64k count=16 oflag=direct conv=notrunc");
     // Something else to be in the midst of.
-    let load = "dd if=/dev/zero of=/dev/vda bs=64k seek=64 count=64 oflag=direct conv=notrunc";
-    guest.ok(&format!("(while :; do {load}; done) >/dev/null 2>&1 &"));
+    guest.ok("dd if=/dev/zero of=/dev/vda bs=64k seek=64 count=4000 oflag=direct conv=notrunc >/dev/null 2>&1 &");
     guest.send(
         "i=0; while printf 'record %-504d\\n' $i >/tmp/record && \
          dd if=/tmp/record of=/dev/vda bs=512 seek=$i conv=notrunc,fsync 2>/dev/null; do echo \"ack $i;\"; i=$((i + 1)); done",
