@@ -434,7 +434,7 @@ impl Worker {
         if usize::from(id) + 1 == self.slots.len() {
             return self.synced(result);
         }
-        let Some(slot) = self.slots.get_mut(usize::from(id)) else { return };
+        let Some(slot) = self.slots.get_mut(usize::from(id)).filter(|slot| slot.busy) else { return };
         // Less than was asked for is no success.
         let result = result.and_then(|done| if done == slot.length { Ok(()) } else { Err(libc::EIO) });
         if result.is_ok()

@@ -19,6 +19,8 @@ use crate::block::{BlockBackend, BlockSource, Completion, Event, Geometry, Opera
 /// A request as the backend got it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
+    /// Which backend, of the queues that share the disk.
+    backend: usize,
     pub id: u16,
     pub operation: Operation,
     pub offset: u64,
@@ -32,6 +34,7 @@ struct Inner {
     /// What the next requests end with, if not with success.
     results: VecDeque<Result<u64, i32>>,
     held: bool,
+    backends: usize,
     pending: Vec<Seen>,
     seen: Vec<Seen>,
 }
@@ -126,12 +129,15 @@ impl BlockSource for MemoryDisk {
 
 struct MemoryBackend {
     disk: MemoryDisk,
+    number: usize,
     watches: [Option<EventFd>; 2],
 }
 
 impl MemoryBackend {
     fn new(disk: &MemoryDisk) -> Self {
-        Self { disk: disk.clone(), watches: [None, None] }
+        let mut inner = disk.inner.lock().unwrap();
+        inner.backends += 1;
+        Self { disk: disk.clone(), number: inner.backends, watches: [None, None] }
     }
 
     fn take_done(&self, events: &mut Vec<Event>) {
@@ -139,7 +145,10 @@ impl MemoryBackend {
         if inner.held {
             return;
         }
-        for request in std::mem::take(&mut inner.pending) {
+        let (own, others) =
+            std::mem::take(&mut inner.pending).into_iter().partition(|seen| seen.backend == self.number);
+        inner.pending = others;
+        for request in Vec::<Seen>::into_iter(own) {
             let result = inner.results.pop_front().unwrap_or(Ok(request.length));
             if result == Ok(request.length) {
                 perform(&mut inner.bytes, &request);
@@ -177,7 +186,7 @@ impl BlockBackend for MemoryBackend {
     unsafe fn submit(&mut self, request: Request<'_>) {
         let Request { id, operation, offset, length, buffers } = request;
         let buffers: Vec<_> = buffers.iter().map(|b| (b.iov_base as usize, b.iov_len)).collect();
-        let seen = Seen { id, operation, offset, length, buffers };
+        let seen = Seen { backend: self.number, id, operation, offset, length, buffers };
         let mut inner = self.disk.inner.lock().unwrap();
         inner.seen.push(seen.clone());
         inner.pending.push(seen);
