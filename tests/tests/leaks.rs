@@ -32,9 +32,9 @@ fn everything(cycle: usize, folder: &Path, tap: &Tap) -> VmConfig {
         1 => Tiny::says(b"hello"),
         _ => Tiny::triple_fault(),
     };
-    let mut config = if cycle % 10 == 9 { linux() } else { program.config(folder) };
-    // A Linux with one: 20 boots more of several are nothing new.
-    config.cpus.count = if cycle % 10 == 9 { 1 } else { 2 };
+    // A Linux has one vCPU: 20 boots more with several are nothing new.
+    let (mut config, cpus) = if cycle % 10 == 9 { (linux(), 1) } else { (program.config(folder), 2) };
+    config.cpus.count = cpus;
     config.memory.shared = cycle.is_multiple_of(2);
     config.disks = vec![DiskConfig::new("data", folder.join("data"))];
     config.disks[0].queues = 2;

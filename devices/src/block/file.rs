@@ -16,6 +16,7 @@ use super::backend::{BlockSource, Geometry, RangeLimits};
 use super::error::BlockError;
 use super::identity;
 use super::sysfs::QueueAttributes;
+use crate::syscall::check;
 
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 const BLKALIGNOFF: libc::Ioctl = 0x127a;
@@ -286,10 +287,6 @@ fn with_block_size(geometry: Geometry, asked: Option<u32>, path: &Path) -> Resul
 fn round_down(bytes: u64, block: u32) -> u64 {
     let block = u64::from(block);
     (bytes - bytes % block).max(block)
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Takes O_NONBLOCK off and sets O_DIRECT as wanted.

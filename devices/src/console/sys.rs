@@ -11,13 +11,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
+use crate::syscall::value;
 
 /// Owns the descriptor that a system call returned.
 fn owned(result: libc::c_int) -> io::Result<OwnedFd> {
-    let fd = check(result)?;
+    let fd = value(result)?;
     // SAFETY: the kernel has just made this descriptor, nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -29,9 +27,9 @@ pub(super) fn open_pty() -> io::Result<(File, PathBuf)> {
         owned(unsafe { libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
     let fd = master.as_raw_fd();
     // SAFETY: calls without pointers on a descriptor that we own.
-    check(unsafe { libc::grantpt(fd) })?;
+    value(unsafe { libc::grantpt(fd) })?;
     // SAFETY: as above.
-    check(unsafe { libc::unlockpt(fd) })?;
+    value(unsafe { libc::unlockpt(fd) })?;
     let mut name = [0u8; 64];
     // SAFETY: the buffer is writable for the length given.
     let error = unsafe { libc::ptsname_r(fd, name.as_mut_ptr().cast(), name.len()) };
@@ -50,7 +48,7 @@ pub(super) fn open_pty() -> io::Result<(File, PathBuf)> {
 pub(super) fn terminal_mode(fd: RawFd) -> io::Result<libc::termios> {
     let mut mode = MaybeUninit::<libc::termios>::uninit();
     // SAFETY: the pointer is to room for a termios.
-    check(unsafe { libc::tcgetattr(fd, mode.as_mut_ptr()) })?;
+    value(unsafe { libc::tcgetattr(fd, mode.as_mut_ptr()) })?;
     // SAFETY: the call above succeeded and filled it.
     Ok(unsafe { mode.assume_init() })
 }
@@ -58,7 +56,7 @@ pub(super) fn terminal_mode(fd: RawFd) -> io::Result<libc::termios> {
 /// Sets the mode of the terminal behind `fd`, at once. Async-signal-safe.
 pub(super) fn set_terminal_mode(fd: RawFd, mode: &libc::termios) -> io::Result<()> {
     // SAFETY: the pointer is to a live termios.
-    check(unsafe { libc::tcsetattr(fd, libc::TCSANOW, mode) }).map(|_| ())
+    value(unsafe { libc::tcsetattr(fd, libc::TCSANOW, mode) }).map(|_| ())
 }
 
 /// Forgets what was written to a terminal and not read from its other end.
@@ -79,7 +77,7 @@ pub(super) fn watch_opens(path: &Path) -> io::Result<File> {
     let inotify = owned(unsafe { libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK) })?;
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: the path is a live C string.
-    check(unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), path.as_ptr(), libc::IN_OPEN | libc::IN_CLOSE) })?;
+    value(unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), path.as_ptr(), libc::IN_OPEN | libc::IN_CLOSE) })?;
     Ok(File::from(inotify))
 }
 
@@ -90,7 +88,7 @@ pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
     let socket = owned(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
     let fd = socket.as_raw_fd();
     // SAFETY: a call without pointers. On Linux the socket file takes over the socket's mode.
-    check(unsafe { libc::fchmod(fd, 0o600) })?;
+    value(unsafe { libc::fchmod(fd, 0o600) })?;
     // SAFETY: all-zero is a valid sockaddr_un.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     address.sun_family = libc::AF_UNIX as libc::sa_family_t;
@@ -104,9 +102,9 @@ pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
     }
     let length = size_of::<libc::sockaddr_un>() as libc::socklen_t;
     // SAFETY: the pointer is to a live sockaddr_un of this length.
-    check(unsafe { libc::bind(fd, (&raw const address).cast(), length) })?;
+    value(unsafe { libc::bind(fd, (&raw const address).cast(), length) })?;
     // SAFETY: a call without pointers.
-    check(unsafe { libc::listen(fd, 16) })?;
+    value(unsafe { libc::listen(fd, 16) })?;
     Ok(UnixListener::from(socket))
 }
 

@@ -3,7 +3,7 @@
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::features::{self, GUEST_OFFLOADS};
-use super::filter::{Mac, Mode};
+use super::filter::{Change, Mac, Mode};
 use super::lane::Lane;
 use crate::metrics::Counter;
 use crate::virtio::StoppedQueue;
@@ -36,14 +36,8 @@ pub(super) enum Command {
     Offloads(u64),
     /// Use the first so many queue pairs.
     Pairs(u16),
-    /// Switch a mode of the receive filter.
-    Mode(Mode, bool),
-    /// Receive what is for these addresses, and no others but the card's own.
-    Tables { unicast: Vec<Mac>, multicast: Vec<Mac> },
-    /// Have another address.
-    Mac(Mac),
-    /// Receive a VLAN, or receive it no more.
-    Vlan { id: u16, wanted: bool },
+    /// Receive other frames.
+    Filter(Change),
     /// The request to announce the card was heard.
     Announced,
 }
@@ -65,21 +59,21 @@ pub(super) fn parse(data: &[u8], features: u64, max_pairs: u16) -> Option<Comman
         [CLASS_RX, mode, on @ (0 | 1)] if has(features::CTRL_RX) => {
             let mode = *Mode::ALL.get(usize::from(*mode))?;
             let basic = matches!(mode, Mode::Promiscuous | Mode::AllMulticast);
-            (basic || has(features::CTRL_RX_EXTRA)).then_some(Command::Mode(mode, *on == 1))
+            (basic || has(features::CTRL_RX_EXTRA)).then_some(Command::Filter(Change::Mode(mode, *on == 1)))
         }
         [CLASS_MAC, MAC_TABLE_SET, tables @ ..] if has(features::CTRL_RX) => {
             let (unicast, rest) = table(tables)?;
             let (multicast, rest) = table(rest)?;
-            rest.is_empty().then_some(Command::Tables { unicast, multicast })
+            rest.is_empty().then_some(Command::Filter(Change::Tables { unicast, multicast }))
         }
         [CLASS_MAC, MAC_ADDR_SET, mac @ ..] if has(features::CTRL_MAC_ADDR) => {
             let mac: Mac = mac.try_into().ok()?;
             let [first, ..] = mac;
-            (first & 1 == 0 && mac != [0; 6]).then_some(Command::Mac(mac))
+            (first & 1 == 0 && mac != [0; 6]).then_some(Command::Filter(Change::Mac(mac)))
         }
         [CLASS_VLAN, action @ (VLAN_ADD | VLAN_DEL), low, high] if has(features::CTRL_VLAN) => {
             let id = u16::from_le_bytes([*low, *high]);
-            (id < 4096).then_some(Command::Vlan { id, wanted: *action == VLAN_ADD })
+            (id < 4096).then_some(Command::Filter(Change::Vlan { id, wanted: *action == VLAN_ADD }))
         }
         [CLASS_ANNOUNCE, ANNOUNCE_ACK] if has(features::GUEST_ANNOUNCE) => Some(Command::Announced),
         [CLASS_MQ, MQ_VQ_PAIRS_SET, low, high] if has(features::MQ) => {
@@ -264,16 +258,20 @@ mod tests {
         let all = [CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, CTRL_MAC_ADDR, GUEST_ANNOUNCE];
         let features = all.into_iter().fold(0, |all, feature| all | bit(feature));
         let parse = |data: &[u8]| super::parse(data, features, 1);
-        assert_eq!(parse(&[0, 0, 1]), Some(Command::Mode(Mode::Promiscuous, true)));
-        assert_eq!(parse(&[0, 5, 0]), Some(Command::Mode(Mode::NoBroadcast, false)));
+        assert_eq!(parse(&[0, 0, 1]), Some(Command::Filter(Change::Mode(Mode::Promiscuous, true))));
+        assert_eq!(parse(&[0, 5, 0]), Some(Command::Filter(Change::Mode(Mode::NoBroadcast, false))));
         assert_eq!(super::parse(&[0, 2, 1], bit(CTRL_RX), 1), None, "needs CTRL_RX_EXTRA");
-        assert_eq!(super::parse(&[0, 1, 1], bit(CTRL_RX), 1), Some(Command::Mode(Mode::AllMulticast, true)));
-        assert_eq!(parse(&[2, 0, 0xff, 0x0f]), Some(Command::Vlan { id: 4095, wanted: true }));
-        assert_eq!(parse(&[2, 1, 1, 0]), Some(Command::Vlan { id: 1, wanted: false }));
-        assert_eq!(parse(&[1, 1, 2, 0, 0, 0, 0, 1]), Some(Command::Mac([2, 0, 0, 0, 0, 1])));
+        assert_eq!(
+            super::parse(&[0, 1, 1], bit(CTRL_RX), 1),
+            Some(Command::Filter(Change::Mode(Mode::AllMulticast, true)))
+        );
+        assert_eq!(parse(&[2, 0, 0xff, 0x0f]), Some(Command::Filter(Change::Vlan { id: 4095, wanted: true })));
+        assert_eq!(parse(&[2, 1, 1, 0]), Some(Command::Filter(Change::Vlan { id: 1, wanted: false })));
+        assert_eq!(parse(&[1, 1, 2, 0, 0, 0, 0, 1]), Some(Command::Filter(Change::Mac([2, 0, 0, 0, 0, 1]))));
         assert_eq!(parse(&[3, 0]), Some(Command::Announced));
         let tables = [&[1, 0][..], &[1, 0, 0, 0], &[2, 0, 0, 0, 0, 9], &[2, 0, 0, 0], &[1; 12]].concat();
-        let expected = Command::Tables { unicast: vec![[2, 0, 0, 0, 0, 9]], multicast: vec![[1; 6], [1; 6]] };
+        let expected =
+            Command::Filter(Change::Tables { unicast: vec![[2, 0, 0, 0, 0, 9]], multicast: vec![[1; 6], [1; 6]] });
         assert_eq!(parse(&tables), Some(expected));
         for length in 2..tables.len() {
             assert_eq!(parse(&tables[..length]), None, "cut after {length} bytes");

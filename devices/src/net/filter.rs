@@ -37,6 +37,19 @@ impl Mode {
     }
 }
 
+/// What a driver changes of its filter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Switch a mode.
+    Mode(Mode, bool),
+    /// Receive what is for these addresses, and no others but the card's own.
+    Tables { unicast: Vec<Mac>, multicast: Vec<Mac> },
+    /// Have another address.
+    Mac(Mac),
+    /// Receive a VLAN (0..=4095), or receive it no more.
+    Vlan { id: u16, wanted: bool },
+}
+
 /// Addresses that are let through; `None`: there are too many, so all are.
 type Table = Option<Vec<Mac>>;
 
@@ -67,20 +80,29 @@ impl Filter {
         self.mac
     }
 
-    pub(super) fn set_mac(&mut self, mac: Mac) {
+    pub(super) fn apply(&mut self, change: &Change) {
+        match change {
+            &Change::Mode(mode, on) => self.set_mode(mode, on),
+            Change::Tables { unicast, multicast } => self.set_tables(unicast.clone(), multicast.clone()),
+            &Change::Mac(mac) => self.set_mac(mac),
+            &Change::Vlan { id, wanted } => self.set_vlan(id, wanted),
+        }
+    }
+
+    fn set_mac(&mut self, mac: Mac) {
         self.mac = mac;
     }
 
-    pub(super) fn set_mode(&mut self, mode: Mode, on: bool) {
+    fn set_mode(&mut self, mode: Mode, on: bool) {
         self.modes = if on { self.modes | mode.bit() } else { self.modes & !mode.bit() };
     }
 
-    pub(super) fn set_tables(&mut self, unicast: Vec<Mac>, multicast: Vec<Mac>) {
+    fn set_tables(&mut self, unicast: Vec<Mac>, multicast: Vec<Mac>) {
         (self.unicast, self.multicast) = (table(unicast), table(multicast));
     }
 
     /// `id` is 0..=4095.
-    pub(super) fn set_vlan(&mut self, id: u16, wanted: bool) {
+    fn set_vlan(&mut self, id: u16, wanted: bool) {
         let place = self.vlans.as_mut().and_then(|vlans| vlans.get_mut(usize::from(id / 64)));
         if let Some(word) = place {
             let bit = 1 << (id % 64);

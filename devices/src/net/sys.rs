@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use crate::syscall::check;
 use crate::virtio::ring::RingError;
 
 /// Most segments of one `readv` or `writev` (UIO_MAXIOV).
@@ -46,10 +47,6 @@ impl IfReq {
         }
         request
     }
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn ifreq_ioctl(fd: BorrowedFd<'_>, request: libc::c_ulong, argument: &mut IfReq) -> io::Result<()> {

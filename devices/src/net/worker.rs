@@ -517,20 +517,8 @@ fn obey(shared: &Shared, command: Command) -> Outcome {
         &Command::Pairs(pairs) => {
             shared.tap.use_queues(pairs.into()).map(|()| shared.pairs.store(pairs, Ordering::SeqCst))
         }
-        &Command::Mode(mode, on) => {
-            shared.change_filter(|filter| filter.set_mode(mode, on));
-            Ok(())
-        }
-        Command::Tables { unicast, multicast } => {
-            shared.change_filter(|filter| filter.set_tables(unicast.clone(), multicast.clone()));
-            Ok(())
-        }
-        &Command::Mac(mac) => {
-            shared.change_filter(|filter| filter.set_mac(mac));
-            Ok(())
-        }
-        &Command::Vlan { id, wanted } => {
-            shared.change_filter(|filter| filter.set_vlan(id, wanted));
+        Command::Filter(change) => {
+            shared.change_filter(|filter| filter.apply(change));
             Ok(())
         }
         Command::Announced => {

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use rackvisor_api::config::{self, CacheMode, DiskConfig, OnError};
+use rackvisor_api::config::{CacheMode, DiskConfig, OnError};
 use rackvisor_devices::block::{BlockOptions, ErrorPolicy, ReservationOptions, VirtioBlock};
-use rackvisor_devices::limiter::{Limiter, Limits, Rate};
+use rackvisor_devices::limiter::Limiter;
 
-use super::{AssemblyError, Host, LiveDisk};
+use super::{AssemblyError, Host, LiveDisk, limits};
 
 /// Opens the disk and makes its device, which shares the limits of `group` if there is one.
 ///
@@ -30,7 +30,7 @@ pub fn open(
         wwid: config.wwid.clone(),
         reservation: config.reservation.map(|wanted| ReservationOptions { key: wanted.key.0, preempt: wanted.preempt }),
         on_error: error_policy(config.on_error),
-        limits: limits(&config.limits),
+        limits: limits::of_disks(&config.limits),
         group,
         affinity: config.affinity.iter().map(|list| list.cpus().to_vec()).collect(),
     };
@@ -47,13 +47,4 @@ pub fn error_policy(on_error: OnError) -> ErrorPolicy {
         OnError::Stop => ErrorPolicy::Stop,
         OnError::Enospc => ErrorPolicy::Enospc,
     }
-}
-
-/// The limits as the device has them.
-pub fn limits(limits: &config::Limits) -> Limits {
-    let ops = limits.ops_per_second.map(|per_second| Rate { per_second, burst: limits.ops_burst });
-    let bytes = limits
-        .bytes_per_second
-        .map(|rate| Rate { per_second: rate.bytes(), burst: limits.bytes_burst.map(|burst| burst.bytes()) });
-    Limits { ops, bytes }
 }

@@ -12,7 +12,7 @@ use rackvisor_devices::metrics::{MetricSource, Sample, Value};
 use rackvisor_devices::net::NetHandle;
 use rackvisor_devices::virtio::pci::VirtioPci;
 
-use super::{disks, nics};
+use super::{disks, limits};
 
 /// A disk that is open.
 #[derive(Clone)]
@@ -73,7 +73,7 @@ impl LiveDisk {
     /// Takes over what of the configuration may change while the disk is in use.
     pub fn configure(&self, config: &DiskConfig) {
         self.handle.set_error_policy(disks::error_policy(config.on_error));
-        self.handle.set_limits(disks::limits(&config.limits));
+        self.handle.set_limits(limits::of_disks(&config.limits));
     }
 
     /// What it did since the boot.
@@ -109,7 +109,7 @@ impl LiveNic {
     /// Takes over what of the configuration may change while the NIC is in use.
     pub fn configure(&self, config: &NicConfig) {
         self.handle.set_link(config.link == Link::Up);
-        self.handle.set_limits(nics::limits(&config.rx_limits), nics::limits(&config.tx_limits));
+        self.handle.set_limits(limits::of_nic(&config.rx_limits), limits::of_nic(&config.tx_limits));
     }
 
     /// Tells the network where the NIC is.
@@ -183,7 +183,7 @@ impl Inventory {
 
     /// Adds the groups of disks that share limits.
     pub fn add_groups(&mut self, groups: &[DiskGroup]) {
-        let limiter = |group: &DiskGroup| Arc::new(Limiter::new(disks::limits(&group.limits)));
+        let limiter = |group: &DiskGroup| Arc::new(Limiter::new(limits::of_disks(&group.limits)));
         self.groups.extend(groups.iter().map(|group| (group.id.clone(), limiter(group))));
     }
 
@@ -196,7 +196,7 @@ impl Inventory {
     /// Gives a group other limits.
     pub fn limit_group(&self, id: &str, limits: &Limits) {
         if let Some(group) = self.group(id) {
-            group.set(disks::limits(limits));
+            group.set(limits::of_disks(limits));
         }
     }
 

@@ -5,6 +5,7 @@
 mod console;
 mod disks;
 mod inventory;
+mod limits;
 mod machine;
 mod nics;
 mod platform;

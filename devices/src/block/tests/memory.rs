@@ -145,10 +145,10 @@ impl MemoryBackend {
         if inner.held {
             return;
         }
-        let (own, others) =
-            std::mem::take(&mut inner.pending).into_iter().partition(|seen| seen.backend == self.number);
+        let pending = std::mem::take(&mut inner.pending).into_iter();
+        let (own, others): (Vec<_>, Vec<_>) = pending.partition(|seen| seen.backend == self.number);
         inner.pending = others;
-        for request in Vec::<Seen>::into_iter(own) {
+        for request in own {
             let result = inner.results.pop_front().unwrap_or(Ok(request.length));
             if result == Ok(request.length) {
                 perform(&mut inner.bytes, &request);
