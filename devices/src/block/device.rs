@@ -2,9 +2,9 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
-use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -167,6 +167,8 @@ pub struct VirtioBlock {
     stopped: Vec<StoppedQueue>,
     initial_writeback: bool,
     guard: Option<GuardThread>,
+    /// Keeps the disk open for those who have a handle, and no longer than the device.
+    _source: Arc<dyn BlockSource>,
 }
 
 impl VirtioBlock {
@@ -228,7 +230,7 @@ impl VirtioBlock {
         let own = Arc::new(Limiter::new(options.limits));
         let disk = Arc::new(Disk::new(Beginning {
             id: options.id.clone(),
-            source,
+            source: &source,
             identity,
             notifier,
             metrics: Arc::clone(&metrics),
@@ -240,7 +242,8 @@ impl VirtioBlock {
         }));
         let sizes = vec![options.queue_size; usize::from(options.queues)];
         let initial_writeback = options.writeback;
-        let mut device = Self { disk, queues: Vec::new(), sizes, stopped: Vec::new(), initial_writeback, guard: None };
+        let (queues, stopped, guard) = (Vec::new(), Vec::new(), None);
+        let mut device = Self { disk, queues, sizes, stopped, initial_writeback, guard, _source: source };
         let name = thread_name(&options.id, ".pr");
         let lacking = |error| BlockError::Resources { id: options.id.clone(), what: "a thread", error };
         device.guard = Guard::start(&device.disk, &name, spawner).map_err(lacking)?;
@@ -416,8 +419,6 @@ impl VirtioDevice for VirtioBlock {
 impl Drop for VirtioBlock {
     fn drop(&mut self) {
         self.disk.set_signals(None);
-        // A handle must not keep the disk open and locked.
-        drop(self.disk.source.lock().unwrap_or_else(PoisonError::into_inner).take());
         for queue in &mut self.queues {
             queue.commands = None;
             let _ = queue.wake.write(1);
@@ -492,8 +493,7 @@ impl BlockHandle {
     /// # Errors
     /// What the kernel answered: some of what was written may be lost.
     pub fn flush(&self) -> io::Result<()> {
-        let source = self.disk.source.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        source.map_or(Ok(()), |source| source.sync())
+        self.disk.source().map_or(Ok(()), |source| source.sync())
     }
 
     /// The world-wide identifier of the LUN, the same on each host, if the host knows one.

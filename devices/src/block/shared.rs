@@ -1,7 +1,7 @@
 //! What the device, its handles and its workers share.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
@@ -45,8 +45,8 @@ impl ErrorPolicy {
 
 pub(super) struct Disk {
     pub id: String,
-    /// What measures the disk, until the device is dropped.
-    pub source: Mutex<Option<Arc<dyn BlockSource>>>,
+    /// What measures the disk. It belongs to the device: a handle must not keep the disk open and locked.
+    source: Weak<dyn BlockSource>,
     pub geometry: Geometry,
     /// Bytes, as the guest sees it.
     pub capacity: AtomicU64,
@@ -72,9 +72,9 @@ pub(super) struct Disk {
 }
 
 /// What a [`Disk`] begins with.
-pub(super) struct Beginning {
+pub(super) struct Beginning<'a> {
     pub id: String,
-    pub source: Arc<dyn BlockSource>,
+    pub source: &'a Arc<dyn BlockSource>,
     pub identity: [u8; ID_BYTES],
     pub notifier: Arc<dyn DeviceNotifier>,
     pub metrics: Arc<BlockMetrics>,
@@ -86,13 +86,13 @@ pub(super) struct Beginning {
 }
 
 impl Disk {
-    pub fn new(beginning: Beginning) -> Self {
+    pub fn new(beginning: Beginning<'_>) -> Self {
         let Beginning { id, source, identity, notifier, metrics, writeback, policy, limiters, wwid, guard } = beginning;
         let geometry = source.geometry();
         metrics.capacity.set(geometry.capacity);
         Self {
             id,
-            source: Mutex::new(Some(source)),
+            source: Arc::downgrade(source),
             geometry,
             capacity: AtomicU64::new(geometry.capacity),
             writeback: AtomicBool::new(writeback),
@@ -177,10 +177,14 @@ impl Disk {
         self.notifier.notify(&self.id, DeviceEvent::BackendLost { reason: format!("the I/O engine failed: {error}") });
     }
 
+    /// What measures the disk, unless the device is gone.
+    pub fn source(&self) -> Option<Arc<dyn BlockSource>> {
+        self.source.upgrade()
+    }
+
     /// Looks at the size anew and tells the driver if it grew; gives the size.
     pub fn rescan(&self) -> Result<u64, RescanError> {
-        let source = self.source.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let source = source.ok_or_else(|| RescanError::Closed { id: self.id.clone() })?;
+        let source = self.source().ok_or_else(|| RescanError::Closed { id: self.id.clone() })?;
         let to = source.capacity().map_err(|error| RescanError::Unknown { id: self.id.clone(), error })?;
         let to = to - to % u64::from(self.geometry.logical_block_size);
         let from = self.capacity.fetch_max(to, Ordering::Relaxed);

@@ -19,6 +19,9 @@ const INTERVAL: Duration = Duration::from_secs(2);
 const RECOVERY: Duration = Duration::from_millis(100);
 
 /// What the disk, its workers and its handles share of its reservation.
+///
+/// The thread that looks does not own the reservation alone: it may hang in the LUN just when the reservation has to be kept, or given up,
+/// by somebody who must not hang with it.
 pub struct Guard {
     fenced: AtomicBool,
     /// Between two looks, if no request meets a conflict.
