@@ -3,6 +3,9 @@
 //! Who turns the eventfd into an interrupt (an irqfd and a KVM route) is the VMM's business: it implements [`MsiSource`]
 //! and [`InterruptLine`].
 
+#[cfg(any(test, feature = "test-double"))]
+pub mod double;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
@@ -160,24 +163,8 @@ impl QueueInterrupt {
 
 #[cfg(test)]
 mod tests {
+    use super::double::test_vector as vector;
     use super::*;
-
-    struct Recorded(EventFd);
-
-    impl MsiSource for Recorded {
-        fn set_message(&self, _message: MsiMessage) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn event(&self) -> &EventFd {
-            &self.0
-        }
-    }
-
-    fn vector() -> (Vector, EventFd) {
-        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        (Vector::new(Box::new(Recorded(event.try_clone().unwrap()))), event)
-    }
 
     #[test]
     fn a_masked_vector_that_fires_becomes_pending_and_fires_once_on_unmask() {

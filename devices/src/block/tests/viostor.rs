@@ -1,17 +1,14 @@
 //! A driver that behaves as viostor does, behind the real transport: on a disk timeout it resets the device in mid-I/O, polls
 //! the status until it reads zero, and uses the memory of every outstanding request for other things at once.
 
-use std::io;
-
 use super::memory::MemoryDisk;
 use super::with_file::{SIZE, TempFile, direct_works};
 use super::*;
 use crate::bus::BusDevice;
-use crate::interrupt::{MsiController, MsiMessage, MsiSource};
+use crate::interrupt::double::TestMsis;
 use crate::pci::PciFunction;
 use crate::virtio::double::{RAM_BASE, RAM_SIZE, VERSION_1};
 use crate::virtio::pci::{DriverState, VirtioPci};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 // Registers of the common configuration (virtio 1.2 §4.1.4.3), and where the notification registers begin.
 const DRIVER_FEATURE_SELECT: u64 = 8;
@@ -26,27 +23,6 @@ const QUEUE_DEVICE: u64 = 48;
 const NOTIFY: u64 = 0x4000;
 /// ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK.
 const READY: u8 = 1 | 2 | 8 | 4;
-
-struct Silent(EventFd);
-
-impl MsiSource for Silent {
-    fn set_message(&self, _message: MsiMessage) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn event(&self) -> &EventFd {
-        &self.0
-    }
-}
-
-/// Nobody listens to the interrupts: this driver polls.
-struct SilentMsi;
-
-impl MsiController for SilentMsi {
-    fn create(&self) -> io::Result<Box<dyn MsiSource>> {
-        Ok(Box::new(Silent(EventFd::new(EFD_NONBLOCK)?)))
-    }
-}
 
 struct Viostor {
     driver: TestDriver,
@@ -68,7 +44,9 @@ impl Viostor {
         let mut driver = TestDriver::new(device.queue_sizes());
         let arena = driver.allocate(ARENA, 4096);
         let notifier = Arc::new(RecordedNotifier::default());
-        let pci = VirtioPci::new("root".into(), Box::new(device), driver.memory(), &SilentMsi, notifier).unwrap();
+        // Nobody listens to the interrupts: this driver polls.
+        let msis = TestMsis::default();
+        let pci = VirtioPci::new("root".into(), Box::new(device), driver.memory(), &msis, notifier).unwrap();
         let bar = pci.bars().remove(0).device;
         Self { driver, pci, bar, arena }
     }

@@ -1,7 +1,6 @@
 //! One split ring, seen from its driver.
 
 use std::collections::HashMap;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -11,7 +10,8 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Arena;
-use crate::interrupt::{MsiMessage, MsiSource, QueueInterrupt, Vector};
+use crate::interrupt::double::test_vector;
+use crate::interrupt::{QueueInterrupt, Vector};
 use crate::virtio::ActiveQueue;
 
 const DESCRIPTOR_SIZE: u64 = 16;
@@ -59,18 +59,6 @@ pub struct Used {
     pub length: u32,
 }
 
-struct Recording(EventFd);
-
-impl MsiSource for Recording {
-    fn set_message(&self, _message: MsiMessage) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn event(&self) -> &EventFd {
-        &self.0
-    }
-}
-
 /// A split ring with its kick and its interrupt.
 pub struct TestRing {
     arena: Arena,
@@ -97,10 +85,9 @@ pub struct TestRing {
 impl TestRing {
     pub(super) fn new(arena: &Arena, size: u16) -> Self {
         assert!(size.is_power_of_two(), "ring size {size} is no power of two");
-        let interrupts = EventFd::new(EFD_NONBLOCK).expect("descriptors are left");
-        let source = Recording(interrupts.try_clone().expect("descriptors are left"));
-        let vector = Arc::new(Vector::new(Box::new(source)));
+        let (vector, interrupts) = test_vector();
         vector.unmask();
+        let vector = Arc::new(vector);
         let entries = u64::from(size);
         Self {
             arena: arena.clone(),

@@ -4,16 +4,14 @@ mod lifecycle;
 mod random;
 mod registers;
 
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::DeviceEvent;
-use crate::interrupt::{MsiMessage, MsiSource};
+use crate::interrupt::double::TestMsis;
 use crate::virtio::{Activation, DeviceType, StoppedQueue};
 
 const COMMON: u64 = 0x0;
@@ -148,30 +146,6 @@ impl VirtioDevice for Device {
     }
 }
 
-/// Makes sources whose eventfds the test reads.
-#[derive(Default)]
-struct Msi(Arc<Mutex<Vec<EventFd>>>);
-
-struct Source(EventFd);
-
-impl MsiSource for Source {
-    fn set_message(&self, _message: MsiMessage) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn event(&self) -> &EventFd {
-        &self.0
-    }
-}
-
-impl MsiController for Msi {
-    fn create(&self) -> io::Result<Box<dyn MsiSource>> {
-        let event = EventFd::new(EFD_NONBLOCK)?;
-        self.0.lock().unwrap().push(event.try_clone()?);
-        Ok(Box::new(Source(event)))
-    }
-}
-
 #[derive(Default)]
 struct Notified(Mutex<Vec<(String, DeviceEvent)>>);
 
@@ -186,19 +160,19 @@ struct Driver {
     pci: VirtioPci,
     bar: Arc<dyn BusDevice>,
     device: Shared,
-    vectors: Arc<Mutex<Vec<EventFd>>>,
+    vectors: TestMsis,
     notified: Arc<Notified>,
 }
 
 impl Driver {
     fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
-        let (device, msi, notified) = (Shared::default(), Msi::default(), Arc::new(Notified::default()));
+        let (device, msi, notified) = (Shared::default(), TestMsis::default(), Arc::new(Notified::default()));
         let boxed = Box::new(Device(device.clone()));
         let pci = VirtioPci::new("disk0".to_owned(), boxed, GuestMemory::new(memory), &msi, Arc::clone(&notified) as _)
             .unwrap();
         let bar = pci.bars().remove(0).device;
-        Self { pci, bar, device, vectors: msi.0, notified }
+        Self { pci, bar, device, vectors: msi, notified }
     }
 
     fn read<const N: usize>(&self, offset: u64) -> [u8; N] {
@@ -285,7 +259,7 @@ impl Driver {
     }
 
     fn interrupted(&self, vector: usize) -> bool {
-        self.vectors.lock().unwrap()[vector].read().is_ok()
+        self.vectors.injected(vector) > 0
     }
 
     /// What the worker of the `n`th active queue finds in its kick.
