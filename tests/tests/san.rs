@@ -33,6 +33,11 @@ fn wait_for_writes(vmm: &Rackvisor, id: &str, more: u64) {
     eventually("the guest writes", || (writes() >= before + more).then_some(()));
 }
 
+/// Waits until the oldest request on the disk is some seconds old.
+fn wait_for_hanging(vmm: &Rackvisor, id: &str) {
+    eventually("the disk hangs", || (vmm.client.disk(id).unwrap().oldest_request_ms > 2000).then_some(()));
+}
+
 /// What the guest's kernel has to say about its disks.
 fn assert_no_complaint(guest: &mut Guest) {
     assert_eq!(guest.ok("dmesg | grep -iE 'i/o error|blocked for more|critical' || true"), "");
@@ -181,6 +186,34 @@ fn while_a_lun_without_a_path_keeps_its_requests_the_api_answers_and_a_pause_tha
     vmm.client.act(Action::Resume).unwrap();
     wait_for_writes(&vmm, "root", 50);
     assert!(laps.finish(&mut guest) > 0);
+    assert_eq!(vmm.events("disk-error"), [] as [Value; 0]);
+}
+
+#[test]
+fn a_reset_and_a_shutdown_that_a_hung_lun_holds_up_say_so_and_come_by_themselves() {
+    needs_san!();
+    let san = San::take();
+    let vmm = Rackvisor::start();
+    let mut config = linux();
+    config.disks = vec![san.disk("root", San::QUEUES)];
+    let mut guest = vmm.boot_linux(&config);
+    let writes = "dd if=/dev/zero of=/dev/vda bs=4k oflag=direct";
+    for action in [Action::Reset, Action::Shutdown] {
+        guest.send(writes);
+        wait_for_writes(&vmm, "root", 20);
+        san.fail_all_paths();
+        wait_for_hanging(&vmm, "root");
+        let busy = vmm.client.act(action).unwrap_err();
+        assert_eq!(busy.code(), Some(Code::StillBusy), "{action}: {busy}");
+        let pending = vmm.client.describe().unwrap().pending.unwrap();
+        assert!(pending.contains("on root"), "{action}: {pending}");
+        san.restore_all_paths();
+        if action == Action::Reset {
+            eventually("the reset comes", || (vmm.client.describe().unwrap().resets == 1).then_some(()));
+            guest.wait_ready();
+        }
+    }
+    assert_eq!(vmm.wait_for(VmState::Stopped).cause, None);
     assert_eq!(vmm.events("disk-error"), [] as [Value; 0]);
 }
 
