@@ -33,12 +33,13 @@ write_environment() {
     done < <(compgen -e)
 }
 
+# One processor more than the command gets: guest/start keeps it from the first one, and tells why.
 start_qemu() {
     local args=() extra=()
     read -ra extra <<<"${LAB_QEMU_ARGS:-}"
     # shellcheck disable=SC2054 # the commas are QEMU's
     args=(
-        -M q35 -accel tcg,thread=multi -cpu EPYC,+svm,+npt,-xsaves -smp "$cpus" -m "$memory"
+        -M q35 -accel tcg,thread=multi -cpu EPYC,+svm,+npt,-xsaves -smp "$((cpus + 1))" -m "$memory"
         -nodefaults -no-user-config -display none -no-reboot
         -kernel "$kernel_image" -initrd "$initrd_image"
         -append "console=ttyS0 panic=-1 oops=panic quiet mitigations=off apparmor=0 tsc=reliable ${LAB_KERNEL_ARGS:-}"
