@@ -33,7 +33,7 @@ write_environment() {
     done < <(compgen -e)
 }
 
-# One processor more than the command gets: guest/start keeps it from the first one, and tells why.
+# One processor more than the command gets: guest/start leaves the first one idle, and tells why.
 start_qemu() {
     local args=() extra=()
     read -ra extra <<<"${LAB_QEMU_ARGS:-}"
@@ -42,7 +42,7 @@ start_qemu() {
         -M q35 -accel tcg,thread=multi -cpu EPYC,+svm,+npt,-xsaves -smp "$((cpus + 1))" -m "$memory"
         -nodefaults -no-user-config -display none -no-reboot
         -kernel "$kernel_image" -initrd "$initrd_image"
-        -append "console=ttyS0 panic=-1 oops=panic quiet mitigations=off apparmor=0 tsc=reliable ${LAB_KERNEL_ARGS:-}"
+        -append "console=ttyS0 panic=-1 oops=panic quiet mitigations=off apparmor=0 tsc=reliable irqaffinity=1-$cpus ${LAB_KERNEL_ARGS:-}"
         -serial "file:$console"
         -virtfs "local,path=/,mount_tag=host,security_model=none,multidevs=remap,readonly=on"
         -virtfs "local,path=$share,mount_tag=lab,security_model=none"
