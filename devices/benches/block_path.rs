@@ -268,9 +268,10 @@ fn measure(criterion: &mut Criterion, name: &str, uring: bool, case: Case) {
     let mut device = VirtioBlock::with_backends(
         &options,
         file,
-        &|queues| {
+        &|metrics| {
             let (orders, results) = parts.lock().unwrap().take().unwrap();
-            let inner = || UringBackend::new(Arc::clone(&descriptor), geometry, QUEUE_SIZE + 1, queues).unwrap();
+            let inner =
+                || UringBackend::new(Arc::clone(&descriptor), geometry, QUEUE_SIZE, Arc::clone(metrics)).unwrap();
             Ok(Box::new(Player {
                 inner: uring.then(inner),
                 done: Vec::with_capacity(usize::from(QUEUE_SIZE)),

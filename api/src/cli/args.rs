@@ -144,7 +144,7 @@ pub enum DiskCommand {
         #[command(flatten)]
         options: DiskOptions,
         /// Put a property back to its default (may be given several times)
-        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "workers", "queue_size", "direct", "serial", "slot", "cache", "wwid", "reservation", "on_error", "stall_after", "limits", "group", "affinity"])]
+        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "queue_size", "direct", "serial", "slot", "cache", "wwid", "reservation", "on_error", "stall_after", "limits", "group", "affinity"])]
         unset: Vec<String>,
     },
     /// Remove a disk; what is on it stays
@@ -163,9 +163,6 @@ pub struct DiskOptions {
     /// Request queues, 1 to 32
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,
-    /// Threads that serve them, at most one for each
-    #[arg(long, value_name = "N")]
-    pub workers: Option<u16>,
     /// Entries of each queue: a power of two, 16 to 1024
     #[arg(long, value_name = "N")]
     pub queue_size: Option<u16>,
@@ -202,7 +199,7 @@ pub struct DiskOptions {
     /// The group whose limits the disk shares
     #[arg(long)]
     pub group: Option<String>,
-    /// Host CPUs of the worker threads, such as 0-3,8: one list for all, or one for each
+    /// Host CPUs of the worker threads, such as 0-3,8: one list for all queues, or one for each
     #[arg(long, value_name = "CPUS")]
     pub affinity: Vec<CpuList>,
 }

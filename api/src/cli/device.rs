@@ -81,7 +81,6 @@ fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
         path: Patch::Keep,
         read_only: property(&options.read_only, "read_only", unset),
         queues: property(&options.queues, "queues", unset),
-        workers: property(&options.workers, "workers", unset),
         queue_size: property(&options.queue_size, "queue_size", unset),
         direct: property(&options.direct, "direct", unset),
         serial: property(&options.serial, "serial", unset),

@@ -195,7 +195,6 @@ pub fn disk(disk: &DiskInfo) -> String {
         facts.add("held", format!("{} failed, tried again by resume", disk.held));
     }
     facts.add("queues", format!("{} of {} entries", config.queues, config.queue_size));
-    facts.add_some("workers", config.workers);
     facts.add("cache", word(&config.cache));
     facts.add_some("direct", config.direct);
     facts.add_some("wwid", disk.wwid.as_deref().or(config.wwid.as_deref()));

@@ -30,15 +30,10 @@ pub struct DiskConfig {
     #[serde(default)]
     #[schema(default = false)]
     pub read_only: bool,
-    /// How many request queues.
+    /// How many request queues; each has its own worker thread.
     #[serde(default = "one_queue")]
     #[schema(minimum = 1, maximum = 32, default = 1)]
     pub queues: u16,
-    /// How many threads serve the queues, at most one for each. Default: one for each if the VM's process may use so many
-    /// processors beside one for each vCPU (its affinity and its cgroup say), else as many as it may, at least one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1, maximum = 32)]
-    pub workers: Option<u16>,
     /// Entries of each queue: a power of two, 16 to 1024.
     #[serde(default = "default_queue_size")]
     #[schema(minimum = 16, maximum = 1024, default = 256)]
@@ -79,8 +74,7 @@ pub struct DiskConfig {
     /// The group of `disk_groups` whose limits it shares.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
-    /// The host CPUs of the worker threads: none, one list for all, or one for each. Without `workers`, a list for each queue
-    /// makes a thread for each queue.
+    /// The host CPUs of each queue's worker thread: none, one list for all, or one for each queue.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 32)]
     pub affinity: Vec<CpuList>,
@@ -124,7 +118,6 @@ impl DiskConfig {
             path: path.into(),
             read_only: false,
             queues: one_queue(),
-            workers: None,
             queue_size: default_queue_size(),
             direct: None,
             serial: None,
@@ -172,18 +165,9 @@ impl DiskConfig {
             let detail = format!("a request cannot count as stalled after {}", self.stall_after);
             return Err(Problem::invalid(&at.key("stall_after"), detail, "choose 1s to 24h"));
         }
-        if let Some(workers) = self.workers.filter(|workers| !(1..=self.queues).contains(workers)) {
-            let detail = format!("{workers} threads cannot serve {} queues", self.queues);
-            return Err(Problem::invalid(&at.key("workers"), detail, "choose 1 to as many as there are queues"));
-        }
-        let threads = self.workers.unwrap_or(self.queues);
-        if self.affinity.len() > 1 && self.affinity.len() != usize::from(threads) {
-            let detail = format!("{} lists of CPUs for {threads} threads", self.affinity.len());
-            return Err(Problem::invalid(
-                &at.key("affinity"),
-                detail,
-                "give one list for all threads, or one for each",
-            ));
+        if self.affinity.len() > 1 && self.affinity.len() != usize::from(self.queues) {
+            let detail = format!("{} lists of CPUs for {} queues", self.affinity.len(), self.queues);
+            return Err(Problem::invalid(&at.key("affinity"), detail, "give one list for all queues, or one for each"));
         }
         match &self.serial {
             Some(serial) if serial.len() > 20 || !serial.bytes().all(|b| (0x20..0x7f).contains(&b)) => {
@@ -217,10 +201,6 @@ pub struct DiskPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u16>)]
     pub queues: Patch<u16>,
-    /// Another `workers`; null goes back to the default.
-    #[serde(default, skip_serializing_if = "Patch::is_keep")]
-    #[schema(value_type = Option<u16>)]
-    pub workers: Patch<u16>,
     /// Another `queue_size`; null goes back to the default.
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u16>)]
@@ -289,7 +269,6 @@ impl DiskPatch {
             path: self.path.required(&disk.path, "path")?,
             read_only: set(self.read_only, disk.read_only, fresh.read_only),
             queues: set(self.queues, disk.queues, fresh.queues),
-            workers: apply(&self.workers, &disk.workers),
             queue_size: set(self.queue_size, disk.queue_size, fresh.queue_size),
             direct: apply(&self.direct, &disk.direct),
             serial: apply(&self.serial, &disk.serial),

@@ -211,7 +211,7 @@ fn a_disk_names_a_group_that_exists_and_groups_are_named_once() {
 }
 
 #[test]
-fn affinity_is_for_all_threads_or_for_each_and_a_stall_takes_a_second_at_least() {
+fn affinity_is_for_all_queues_or_for_each_and_a_stall_takes_a_second_at_least() {
     let mut config = with_devices(1, 0);
     config.disks[0].queues = 3;
     let list = |text: &str| text.parse::<CpuList>().unwrap();
@@ -219,12 +219,6 @@ fn affinity_is_for_all_threads_or_for_each_and_a_stall_takes_a_second_at_least()
         config.disks[0].affinity = affinity.into_iter().map(list).collect();
         assert_eq!(config.validate().is_ok(), fits, "{:?}", config.disks[0].affinity);
     }
-    for (workers, fits) in [(0, false), (1, false), (2, false), (3, true), (4, false)] {
-        config.disks[0].workers = Some(workers);
-        assert_eq!(config.validate().is_ok(), fits, "{workers} threads with three lists");
-    }
-    (config.disks[0].workers, config.disks[0].affinity) = (Some(2), vec![list("0"), list("1")]);
-    config.validate().unwrap();
     for (text, fits) in [("999ms", false), ("1s", true), ("24h", true), ("24h 1ms", false)] {
         config.disks[0].stall_after = text.parse().unwrap();
         assert_eq!(config.validate().is_ok(), fits, "{text}");

@@ -16,7 +16,7 @@ pub fn full_config() -> serde_json::Value {
         "memory": { "size": "2GiB", "shared": true, "hugepages": "2M", "prefault": true },
         "boot": { "kernel": "/boot/vmlinuz", "initrd": "/boot/initrd.img", "cmdline": "console=ttyS0" },
         "disks": [
-            { "id": "root", "path": "/dev/mapper/mpatha", "queues": 2, "workers": 2, "queue_size": 128, "direct": true,
+            { "id": "root", "path": "/dev/mapper/mpatha", "queues": 2, "queue_size": 128, "direct": true,
               "serial": "S1", "slot": 5, "cache": "writethrough", "read_only": false, "on_error": "stop", "stall_after": "1m 30s",
               "limits": { "ops_per_second": 1000, "ops_burst": 2000, "bytes_per_second": "100MiB", "bytes_burst": "200MiB" },
               "group": "silver", "affinity": ["0-1", "2,4"] },

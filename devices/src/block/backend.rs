@@ -1,6 +1,6 @@
 //! The seam between virtio-blk and what stores the bytes.
 //!
-//! A backend belongs to a worker thread, which serves one queue or several of the disk and waits for nothing but
+//! A backend belongs to one queue and to the worker thread of that queue, which waits for nothing but
 //! [`BlockBackend::wait`]. A [`BlockSource`] is the disk as a whole.
 
 // Submitting vows that memory stays valid, which no type can say.
@@ -99,8 +99,8 @@ pub struct Completion {
 /// What a worker is woken by besides completions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signal {
-    /// The driver made requests available in this queue, counted among those of the worker.
-    Kick(u16),
+    /// The driver made requests available.
+    Kick,
     /// The owner of the worker has a command for it.
     Command,
 }
@@ -114,7 +114,7 @@ pub enum Event {
     Done(Completion),
 }
 
-/// What executes the requests of one worker.
+/// What executes the requests of one queue.
 ///
 /// A backend continues short transfers and tries again what was interrupted; it answers each request exactly once, in any
 /// order, and only [`BlockBackend::wait`] gives answers. Dropping it waits for all that is in flight: memory that a

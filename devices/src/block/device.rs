@@ -18,12 +18,11 @@ use super::config::{self, Variable, WRITEBACK_OFFSET, feature};
 use super::error::{BlockError, RescanError};
 use super::file::{BlockFile, OpenMode};
 use super::identity;
-use super::lane::{Start, Stopped};
 use super::metrics::{BlockMetrics, QueueMetrics};
 use super::reservation::{Guard, GuardThread, Reservation, ReservationError, ReservationOptions};
 use super::shared::{Beginning, Disk, ErrorPolicy};
 use super::uring::UringBackend;
-use super::worker::{Command, Parts, Seat, Worker};
+use super::worker::{Command, Parts, Start, Stopped, Worker};
 use crate::limiter::{Limiter, Limits};
 use crate::metrics::MetricSource;
 use crate::virtio::ring::Ring;
@@ -33,15 +32,13 @@ use crate::{DeviceNotifier, GuestMemory, ThreadSpawner};
 const INDIRECT_DESC: u32 = 28;
 const MAX_QUEUES: u16 = 64;
 const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 16..=1024;
-/// The most requests that one worker may have in flight: what its io_uring is made for.
-const WORKER_REQUESTS: usize = 8192;
 /// What the kernel shows of the name of a thread.
 const THREAD_NAME: usize = 15;
 /// How long a device that is dropped waits for its workers, if they have nothing in flight.
 const LEAVING: Duration = Duration::from_secs(1);
 
-/// Makes the backend of a worker for these queues of it, where it is to count what it does.
-pub type MakeBackend<'a> = dyn Fn(&[Arc<QueueMetrics>]) -> Result<Box<dyn BlockBackend>, BlockError> + 'a;
+/// Makes the backend of a queue, which is to count what it does there.
+pub type MakeBackend<'a> = dyn Fn(&Arc<QueueMetrics>) -> Result<Box<dyn BlockBackend>, BlockError> + 'a;
 
 /// What a disk is made of.
 #[derive(Debug, Clone)]
@@ -52,12 +49,8 @@ pub struct BlockOptions {
     pub path: PathBuf,
     /// Refuse writes; several VMs may share such a disk.
     pub read_only: bool,
-    /// Number of queues: 1 to 64.
+    /// Number of queues, each with its own thread: 1 to 64.
     pub queues: u16,
-    /// Number of threads that serve them, each with its io_uring: 1 to `queues`. A thread for each queue (`None`) is the fastest
-    /// as long as the host has a processor for each; with less, threads only wait for each other. Queue n belongs to thread
-    /// n modulo `workers`. More are started where one could not hold the requests of its queues.
-    pub workers: Option<u16>,
     /// Size of each queue: a power of two from 16 to 1024.
     pub queue_size: u16,
     /// Pass by the host's page cache (O_DIRECT). `None`: on block devices only.
@@ -80,7 +73,7 @@ pub struct BlockOptions {
     pub limits: Limits,
     /// Limits that it shares with other disks.
     pub group: Option<Arc<Limiter>>,
-    /// Host CPUs of the threads: none, one list for all, or one for each.
+    /// Host CPUs of the threads: none, one list for all queues, or one for each.
     pub affinity: Vec<Vec<u16>>,
 }
 
@@ -92,7 +85,6 @@ impl BlockOptions {
             path: path.into(),
             read_only: false,
             queues: 1,
-            workers: None,
             queue_size: 256,
             direct: None,
             block_size: None,
@@ -107,13 +99,6 @@ impl BlockOptions {
         }
     }
 
-    /// How many workers there will be.
-    fn threads(&self) -> usize {
-        let queues = usize::from(self.queues.max(1));
-        let least = queues.div_ceil(WORKER_REQUESTS / (usize::from(self.queue_size) + 1));
-        self.workers.map_or(queues, usize::from).clamp(least, queues)
-    }
-
     fn check(&self) -> Result<(), BlockError> {
         let bad = |what: String| Err(BlockError::Option { id: self.id.clone(), what });
         if self.id.is_empty() {
@@ -121,13 +106,6 @@ impl BlockOptions {
         }
         if !(1..=MAX_QUEUES).contains(&self.queues) {
             return bad(format!("{} queues: 1 to {MAX_QUEUES} are possible", self.queues));
-        }
-        if self.workers.is_some_and(|workers| !(1..=self.queues).contains(&workers)) {
-            return bad(format!(
-                "{} threads for its queues: 1 to {} are possible",
-                self.workers.unwrap_or(0),
-                self.queues
-            ));
         }
         if !self.queue_size.is_power_of_two() || !QUEUE_SIZES.contains(&self.queue_size) {
             return bad(format!("queue size {}: a power of two from 16 to 1024 is possible", self.queue_size));
@@ -151,21 +129,17 @@ enum State {
     Stopping,
 }
 
-/// A queue as its device sees it.
-struct QueueSeat {
+struct QueueThread {
+    commands: Option<Sender<Command>>,
+    wake: EventFd,
     stopped: Receiver<Stopped>,
     /// Heads of requests that failed before the last stop, and are tried again.
     held: Vec<u16>,
+    thread: Option<JoinHandle<()>>,
     state: State,
 }
 
-struct WorkerThread {
-    commands: Option<Sender<Command>>,
-    wake: EventFd,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl WorkerThread {
+impl QueueThread {
     fn send(&self, command: Command) -> Result<(), StartError> {
         let sender = self.commands.as_ref().ok_or(StartError::WorkerGone)?;
         sender.send(command).map_err(|_| StartError::WorkerGone)?;
@@ -176,19 +150,18 @@ impl WorkerThread {
 
 /// What is known of the LUN beside its shape.
 #[derive(Default)]
-pub(super) struct LunFacts {
+pub(super) struct Seat {
     pub wwid: Option<String>,
     pub guard: Option<Guard>,
 }
 
-/// A virtio block device (virtio 1.2 §5.2) with a thread for each queue, or for several.
+/// A virtio block device (virtio 1.2 §5.2) with a thread for each queue.
 ///
 /// Dropping it ends the threads. One whose disk hangs is left alone: it keeps the guest memory that its requests name,
 /// the file and its lock, and ends by itself when the disk answers.
 pub struct VirtioBlock {
     disk: Arc<Disk>,
-    queues: Vec<QueueSeat>,
-    workers: Vec<WorkerThread>,
+    queues: Vec<QueueThread>,
     sizes: Vec<u16>,
     /// Queues that have stopped since the device was last asked to.
     stopped: Vec<StoppedQueue>,
@@ -219,16 +192,16 @@ impl VirtioBlock {
         let geometry = file.geometry();
         let descriptor = Arc::clone(file.file());
         let depth = options.queue_size;
-        let backend = |queues: &[Arc<QueueMetrics>]| -> Result<Box<dyn BlockBackend>, BlockError> {
+        let backend = |metrics: &Arc<QueueMetrics>| -> Result<Box<dyn BlockBackend>, BlockError> {
             // One more than the guest can have in flight: the worker's own flush.
-            Ok(Box::new(UringBackend::new(Arc::clone(&descriptor), geometry, depth + 1, queues)?))
+            let backend = UringBackend::new(Arc::clone(&descriptor), geometry, depth + 1, Arc::clone(metrics))?;
+            Ok(Box::new(backend))
         };
-        let facts = LunFacts { wwid, guard };
-        Self::assemble(&options, facts, Arc::new(file), &backend, spawner, notifier)
+        let seat = Seat { wwid, guard };
+        Self::assemble(&options, seat, Arc::new(file), &backend, spawner, notifier)
     }
 
-    /// A device in front of any backends: `backend` is called once for each worker, whose requests have ids from n × (queue size
-    /// + 1) for its queue n. The path in `options` is not used.
+    /// A device in front of any backends: `backend` is called once for each queue. The path in `options` is not used.
     ///
     /// # Errors
     /// [`BlockError`] of options, threads, or `backend`.
@@ -240,18 +213,18 @@ impl VirtioBlock {
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, BlockError> {
         options.check()?;
-        Self::assemble(options, LunFacts::default(), source, backend, spawner, notifier)
+        Self::assemble(options, Seat::default(), source, backend, spawner, notifier)
     }
 
     pub(super) fn assemble(
         options: &BlockOptions,
-        facts: LunFacts,
+        seat: Seat,
         source: Arc<dyn BlockSource>,
         backend: &MakeBackend<'_>,
         spawner: &dyn ThreadSpawner,
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, BlockError> {
-        let LunFacts { wwid, guard } = facts;
+        let Seat { wwid, guard } = seat;
         let identity = identity::of(options.serial.as_deref(), wwid.as_deref(), &options.id);
         let metrics = Arc::new(BlockMetrics::new(&options.id, usize::from(options.queues), options.queue_size));
         let own = Arc::new(Limiter::new(options.limits));
@@ -269,24 +242,15 @@ impl VirtioBlock {
         }));
         let sizes = vec![options.queue_size; usize::from(options.queues)];
         let initial_writeback = options.writeback;
-        let (queues, workers, stopped, guard) = (Vec::new(), Vec::new(), Vec::new(), None);
-        let mut device = Self { disk, queues, workers, sizes, stopped, initial_writeback, guard, _source: source };
+        let (queues, stopped, guard) = (Vec::new(), Vec::new(), None);
+        let mut device = Self { disk, queues, sizes, stopped, initial_writeback, guard, _source: source };
         let name = thread_name(&options.id, ".pr");
         let lacking = |error| BlockError::Resources { id: options.id.clone(), what: "a thread", error };
         device.guard = Guard::start(&device.disk, &name, spawner).map_err(lacking)?;
-        let mut seats: Vec<Vec<Seat>> = (0..options.threads()).map(|_| Vec::new()).collect();
-        let count = seats.len();
-        for (queue, metrics) in (0..).zip(metrics.queues()) {
-            let (stopped, answers) = mpsc::channel();
-            device.queues.push(QueueSeat { stopped: answers, held: Vec::new(), state: State::Idle });
-            if let Some(seats) = seats.get_mut(usize::from(queue) % count) {
-                seats.push(Seat { queue, metrics: Arc::clone(metrics), stopped });
-            }
-        }
-        for (index, seats) in seats.into_iter().enumerate() {
-            let queues: Vec<_> = seats.iter().map(|seat| Arc::clone(&seat.metrics)).collect();
-            let thread = device.spawn(index, options, backend(&queues)?, seats, spawner)?;
-            device.workers.push(thread);
+        for (index, metrics) in metrics.queues().iter().enumerate() {
+            let backend = backend(metrics)?;
+            let thread = device.spawn(index, options, backend, metrics, spawner)?;
+            device.queues.push(thread);
         }
         Ok(device)
     }
@@ -296,18 +260,20 @@ impl VirtioBlock {
         index: usize,
         options: &BlockOptions,
         backend: Box<dyn BlockBackend>,
-        seats: Vec<Seat>,
+        metrics: &Arc<QueueMetrics>,
         spawner: &dyn ThreadSpawner,
-    ) -> Result<WorkerThread, BlockError> {
+    ) -> Result<QueueThread, BlockError> {
         let lacking = |what| move |error| BlockError::Resources { id: options.id.clone(), what, error };
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(lacking("an eventfd"))?;
         let (commands, received) = mpsc::channel();
+        let (stopped, answers) = mpsc::channel();
         let parts = Parts {
             backend,
             disk: Arc::clone(&self.disk),
-            seats,
+            metrics: Arc::clone(metrics),
             commands: received,
             wake: wake.try_clone().map_err(lacking("an eventfd"))?,
+            stopped,
             depth: options.queue_size,
         };
         let name = thread_name(&options.id, &format!(".q{index}"));
@@ -315,13 +281,8 @@ impl VirtioBlock {
         if let Some(cpus) = options.affinity.get(index).or_else(|| options.affinity.first()) {
             affinity::pin(&thread, cpus).map_err(|error| BlockError::Affinity { thread: name, error })?;
         }
-        Ok(WorkerThread { commands: Some(commands), wake, thread: Some(thread) })
-    }
-
-    /// Tells the worker of queue `index`.
-    fn tell(&self, index: u16, command: Command) -> Result<(), StartError> {
-        let worker = self.workers.get(usize::from(index) % self.workers.len().max(1));
-        worker.ok_or(StartError::WorkerGone)?.send(command)
+        let (held, state) = (Vec::new(), State::Idle);
+        Ok(QueueThread { commands: Some(commands), wake, stopped: answers, held, thread: Some(thread), state })
     }
 
     /// A handle for whoever looks after the disk while the transport owns the device.
@@ -370,9 +331,9 @@ impl VirtioDevice for VirtioBlock {
             let before = self.disk.writeback.swap(*writeback == 1, Ordering::Relaxed);
             if before && *writeback == 0 {
                 // The driver will not flush what it wrote until now.
-                for (index, _) in (0..).zip(&self.queues).filter(|(_, queue)| queue.state == State::Running) {
+                for queue in self.queues.iter().filter(|queue| queue.state == State::Running) {
                     // A worker that is gone has said so, and its queue is broken.
-                    let _ = self.tell(index, Command::Sync(index));
+                    let _ = queue.send(Command::Sync);
                 }
             }
         }
@@ -399,11 +360,10 @@ impl VirtioDevice for VirtioBlock {
         for (active, ring) in rings {
             let ActiveQueue { index, kick, interrupt, .. } = active;
             let (memory, signals) = (memory.clone(), Arc::clone(&signals));
-            let queue = self.queues.get_mut(usize::from(index));
-            let again = queue.map(|queue| std::mem::take(&mut queue.held)).unwrap_or_default();
-            let start = Start { index, ring, kick, interrupt, memory, signals, flushes, again };
-            self.tell(index, Command::Start(Box::new(start)))?;
             if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+                let again = std::mem::take(&mut queue.held);
+                let start = Start { index, ring, kick, interrupt, memory, signals, flushes, again };
+                queue.send(Command::Start(Box::new(start)))?;
                 queue.state = State::Running;
             }
         }
@@ -411,15 +371,13 @@ impl VirtioDevice for VirtioBlock {
     }
 
     fn stop(&mut self) -> Result<Vec<StoppedQueue>, StillBusy> {
-        let mut running = Vec::new();
-        for (index, queue) in (0..).zip(&mut self.queues).filter(|(_, queue)| queue.state == State::Running) {
-            queue.state = State::Stopping;
-            running.push(index);
-        }
+        let running = self.queues.iter_mut().filter(|queue| queue.state == State::Running);
+        let running: Vec<&mut QueueThread> = running.collect();
         self.disk.stopping.fetch_add(u32::try_from(running.len()).unwrap_or(0), Ordering::AcqRel);
-        for index in running {
+        for queue in running {
+            queue.state = State::Stopping;
             // If the worker is gone, its channel of answers says so below.
-            let _ = self.tell(index, Command::Stop(index));
+            let _ = queue.send(Command::Stop);
         }
         for queue in self.queues.iter_mut().filter(|queue| queue.state == State::Stopping) {
             match queue.stopped.try_recv() {
@@ -461,14 +419,13 @@ impl VirtioDevice for VirtioBlock {
 impl Drop for VirtioBlock {
     fn drop(&mut self) {
         self.disk.set_signals(None);
-        for worker in &mut self.workers {
-            worker.commands = None;
-            let _ = worker.wake.write(1);
+        for queue in &mut self.queues {
+            queue.commands = None;
+            let _ = queue.wake.write(1);
         }
         let end = Instant::now() + LEAVING;
-        // The first queue of each worker stands for it.
-        for (queue, worker) in self.queues.iter().zip(&mut self.workers) {
-            let Some(thread) = worker.thread.take() else { continue };
+        for queue in &mut self.queues {
+            let Some(thread) = queue.thread.take() else { continue };
             // The sender of answers goes with the worker: this waits for its end, and not for long.
             let ended = loop {
                 match queue.stopped.recv_timeout(end.saturating_duration_since(Instant::now())) {
@@ -598,24 +555,4 @@ fn thread_name(id: &str, suffix: &str) -> String {
         room -= 1;
     }
     format!("{}{suffix}", id.get(..room).unwrap_or_default())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_worker_is_given_no_more_requests_than_it_can_name() {
-        let threads = |queues, queue_size, workers| {
-            BlockOptions { queues, queue_size, workers, ..BlockOptions::new("root", "") }.threads()
-        };
-        assert_eq!(threads(4, 256, None), 4);
-        assert_eq!(threads(4, 256, Some(1)), 1);
-        assert_eq!(threads(32, 256, Some(1)), 2);
-        assert_eq!(threads(64, 1024, Some(1)), 10);
-        for queues in 1..=MAX_QUEUES {
-            let each = usize::from(queues).div_ceil(threads(queues, 1024, Some(1)));
-            assert!(each * 1025 <= WORKER_REQUESTS, "{queues} queues");
-        }
-    }
 }

@@ -1,9 +1,8 @@
 //! virtio-blk: disks on block devices and files (virtio 1.2 §5.2).
 //!
-//! [`VirtioBlock`] is the device. Each of its queues has a thread (`worker`), or shares one where the host has no processors to
-//! spare. For a queue (`lane`) the thread takes requests off a strict [ring](crate::virtio::ring), checks them (`request`), and
-//! hands them to a [`BlockBackend`]: one io_uring ([`UringBackend`]) that is also all that the thread ever waits for.
-//! [`BlockFile`] opens, locks and measures the disk.
+//! [`VirtioBlock`] is the device. Each of its queues has a thread (`worker`), which takes requests off a strict
+//! [ring](crate::virtio::ring), checks them (`request`), and hands them to a [`BlockBackend`]: one io_uring
+//! ([`UringBackend`]) that is also all that the thread ever waits for. [`BlockFile`] opens, locks and measures the disk.
 //!
 //! What is promised: a request completes only with what happened to it, never short and never without its error; a stop
 //! is over when nothing is in flight, and gives back where the rings stand; memory of the guest outlives the requests that
@@ -15,8 +14,8 @@ mod config;
 mod device;
 mod error;
 mod file;
+mod gather;
 mod identity;
-mod lane;
 mod metrics;
 mod poll;
 mod request;

@@ -6,6 +6,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::gather::Gather;
+
 /// The most that is looked for work at a time.
 pub(super) const LONGEST: Duration = Duration::from_micros(32);
 const SHORTEST: Duration = Duration::from_micros(4);
@@ -27,6 +29,32 @@ impl Polling {
             self.window = Duration::ZERO;
         } else if time > self.window {
             self.window = (self.window * 2).clamp(SHORTEST, LONGEST);
+        }
+    }
+}
+
+/// What a worker knows of when work comes.
+#[derive(Debug)]
+pub(super) struct Pace {
+    pub polling: Polling,
+    pub gather: Gather,
+    /// When the ring was last found empty.
+    pub settled: Instant,
+}
+
+impl Pace {
+    pub fn new() -> Self {
+        let now = Instant::now();
+        Self { polling: Polling::default(), gather: Gather::new(now), settled: now }
+    }
+
+    /// The worker woke at `now`, and found that requests had ended (`done`) or come.
+    pub fn turned(&mut self, now: Instant, slept: bool, done: bool, came: u32) {
+        if slept {
+            self.polling.waited(now.saturating_duration_since(self.settled), done || came > 0);
+        }
+        if came > 0 {
+            self.gather.taken(came, now);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The io_uring backend: one ring per worker, one system call per turn of it.
+//! The io_uring backend: one ring per queue, one system call per turn of its worker.
 //!
 //! The rings are made disabled with the disk, before filters go on, and enabled by the worker that uses them. Linux 6.1
 //! has all that is used; what the kernel makes cheaper (deferred task work) is left out where it refuses it.
@@ -40,8 +40,8 @@ const BOUNCE_BUFFERS: usize = 8;
 /// What is written at once where zeroes have to be written: the same bytes several times.
 const ZEROES_BYTES: usize = 64 << 10;
 const ZEROES_REPEATED: usize = 16;
-/// Room in the ring besides requests: polls and their removal, for commands and for each queue.
-const SPARE_ENTRIES: u32 = 4;
+/// Room in the ring besides requests: polls and their removal.
+const SPARE_ENTRIES: u32 = 8;
 
 /// Marks completions in `user_data`: the request id below it, or the signal and its generation.
 const TAG_SIGNAL: u64 = 1 << 32;
@@ -60,25 +60,20 @@ struct Watch {
     generation: u16,
 }
 
-/// Executes the requests of one worker with io_uring.
+/// Executes the requests of one queue with io_uring.
 pub struct UringBackend {
     ring: IoUring,
     /// Keeps the file, and with it the lock on the disk.
     _file: Arc<LockedFile>,
     geometry: Geometry,
-    /// Of each queue of the worker.
-    queues: Vec<Arc<QueueMetrics>>,
-    /// Requests of each queue: at least 1.
-    depth: u16,
-    /// Those of the first queue, of the second, and so on.
+    metrics: Arc<QueueMetrics>,
     tasks: Vec<Task>,
     bounce: Vec<AlignedBuffer>,
     bounce_free: Vec<usize>,
     /// Requests that wait for a bounce buffer.
     waiting: VecDeque<u16>,
     zeroes: Option<AlignedBuffer>,
-    /// For commands, and for the kicks of each queue.
-    watches: Vec<Watch>,
+    watches: [Watch; 2],
     /// Requests that the kernel has.
     in_flight: u32,
     /// Requests that failed before the kernel got them.
@@ -86,7 +81,7 @@ pub struct UringBackend {
 }
 
 impl UringBackend {
-    /// A ring for `depth` requests at once on `file` of each of `queues`; those of queue n have the ids from n × `depth`.
+    /// A ring for `depth` requests at once on `file`.
     ///
     /// # Errors
     /// [`BlockError::Uring`] if the kernel refuses io_uring or lacks an operation.
@@ -94,11 +89,9 @@ impl UringBackend {
         file: Arc<LockedFile>,
         geometry: Geometry,
         depth: u16,
-        queues: &[Arc<QueueMetrics>],
+        metrics: Arc<QueueMetrics>,
     ) -> Result<Self, BlockError> {
-        let tasks = usize::from(depth).saturating_mul(queues.len());
-        let spare = SPARE_ENTRIES.saturating_mul(u32::try_from(queues.len() + 1).unwrap_or(u32::MAX));
-        let ring = build(u32::try_from(tasks).unwrap_or(u32::MAX).saturating_add(spare))?;
+        let ring = build(u32::from(depth) + SPARE_ENTRIES)?;
         let failed = |what| move |error| BlockError::Uring { what, error };
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe).map_err(failed("asking for operations"))?;
@@ -128,14 +121,13 @@ impl UringBackend {
             ring,
             _file: file,
             geometry,
-            queues: queues.to_vec(),
-            depth: depth.max(1),
-            tasks: (0..tasks).map(|_| task()).collect(),
+            metrics,
+            tasks: (0..depth).map(|_| task()).collect(),
             bounce: Vec::new(),
             bounce_free: Vec::new(),
             waiting: VecDeque::new(),
             zeroes: None,
-            watches: (0..=queues.len()).map(|_| Watch::default()).collect(),
+            watches: Default::default(),
             in_flight: 0,
             failed: Vec::new(),
         })
@@ -296,19 +288,20 @@ impl UringBackend {
     }
 
     fn arm(&mut self, signal: Signal) -> io::Result<()> {
-        let Some(Watch { event: Some(event), generation }) = self.watches.get(position(signal)) else { return Ok(()) };
+        let Some(Watch { event: Some(event), generation }) = self.watches.get(signal as usize) else { return Ok(()) };
         let entry = opcode::PollAdd::new(types::Fd(event.as_raw_fd()), libc::POLLIN as u32).multi(true).build();
         let entry = entry.user_data(signal_tag(signal, *generation));
         self.push(&entry)
     }
 
     fn signalled(&mut self, entry: &cqueue::Entry, events: &mut Vec<Event>) -> io::Result<()> {
-        let signal = signal_of(entry.user_data());
-        let current = self.watches.get(position(signal)).map_or(0, |watch| watch.generation);
-        if entry.user_data() == signal_tag(signal, current) {
-            events.push(Event::Signal(signal));
-            if !cqueue::more(entry.flags()) {
-                self.arm(signal)?;
+        for signal in [Signal::Kick, Signal::Command] {
+            let current = self.watches.get(signal as usize).map_or(0, |watch| watch.generation);
+            if entry.user_data() == signal_tag(signal, current) {
+                events.push(Event::Signal(signal));
+                if !cqueue::more(entry.flags()) {
+                    self.arm(signal)?;
+                }
             }
         }
         Ok(())
@@ -336,22 +329,8 @@ impl UringBackend {
     }
 }
 
-/// Where the watch of a signal is.
-fn position(signal: Signal) -> usize {
-    match signal {
-        Signal::Command => 0,
-        Signal::Kick(queue) => usize::from(queue) + 1,
-    }
-}
-
 fn signal_tag(signal: Signal, generation: u16) -> u64 {
-    TAG_SIGNAL | (position(signal) as u64) << 16 | u64::from(generation)
-}
-
-/// The signal of such a tag.
-fn signal_of(tag: u64) -> Signal {
-    let position = u16::try_from(tag >> 16 & 0xffff).unwrap_or(0);
-    position.checked_sub(1).map_or(Signal::Command, Signal::Kick)
+    TAG_SIGNAL | (signal as u64) << 16 | u64::from(generation)
 }
 
 fn write_flags(operation: Operation) -> i32 {
@@ -388,7 +367,7 @@ impl BlockBackend for UringBackend {
     }
 
     fn watch(&mut self, signal: Signal, event: Option<EventFd>) -> io::Result<()> {
-        let Some(watch) = self.watches.get_mut(position(signal)) else { return Ok(()) };
+        let Some(watch) = self.watches.get_mut(signal as usize) else { return Ok(()) };
         let (watched, old) = (watch.event.is_some(), watch.generation);
         watch.generation = old.wrapping_add(1);
         let former = std::mem::replace(&mut watch.event, event);
@@ -415,8 +394,7 @@ impl BlockBackend for UringBackend {
         let too_many = geometry.offset_alignment > 1 && request.buffers.len() > MAX_VECTORS;
         task.misaligned = !aligned || too_many;
         if task.misaligned {
-            let queue = self.queues.get(usize::from(request.id / self.depth));
-            queue.inspect(|metrics| metrics.bounced.increment());
+            self.metrics.bounced.increment();
         }
         self.issue(request.id);
     }
@@ -477,14 +455,6 @@ impl Drop for UringBackend {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_signal_is_known_by_its_tag_whatever_its_generation() {
-        for signal in [Signal::Command, Signal::Kick(0), Signal::Kick(63)] {
-            assert_eq!(signal_of(signal_tag(signal, 0xffff)), signal);
-            assert_eq!(signal_tag(signal, 1) & TAG_IGNORED, 0);
-        }
-    }
 
     #[test]
     fn a_stable_write_asks_the_kernel_for_stable_data() {

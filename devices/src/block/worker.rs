@@ -1,49 +1,110 @@
-//! The thread of one queue, or of several where the host has no processors to spare ([`super::BlockOptions::workers`]).
+//! The thread of one queue: takes requests off the ring, hands them to the backend, and answers.
 //!
 //! It waits in one place, [`BlockBackend::wait`], after a short look for more work where that pays ([`super::poll`]). Each
-//! turn takes what completed, publishes it with one index and at most one interrupt a queue, then takes what the drivers
-//! made available; kicks are only asked for before the thread sleeps.
+//! turn takes what completed, publishes it with one index and at most one interrupt, then takes what the driver made
+//! available; kicks are only asked for before the thread sleeps.
 
-use std::io;
+// Submitting to a backend vows that guest memory stays: the snapshots held here are why it does.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::backend::{BlockBackend, Completion, Event, Signal};
-use super::lane::{Desk, Lane, Left, Start, Stopped};
-use super::metrics::QueueMetrics;
-use super::poll::{self, Polling};
-use super::request::Parser;
+use super::backend::{BlockBackend, Completion, Event, Operation, Request, Signal};
+use super::metrics::{QueueMetrics, name};
+use super::poll::{self, Pace};
+use super::request::{Asked, ChainError, Parser, Range, STATUS_OK, status_of};
 use super::shared::Disk;
+use crate::virtio::ring::{Ring, RingError};
+use crate::virtio::{StoppedQueue, TransportSignals};
+use crate::{GuestMemory, interrupt::QueueInterrupt};
 
 /// What the owner of a worker asks of it.
 pub(super) enum Command {
     /// Work on this queue.
     Start(Box<Start>),
-    /// Take no more requests of this queue, and give it back once nothing of it is in flight.
-    Stop(u16),
-    /// Make stable what this queue wrote until now: the driver turned the write cache off, and will not flush it.
-    Sync(u16),
+    /// Take no more requests, and give the queue back once nothing is in flight.
+    Stop,
+    /// Make stable what was written until now: the driver turned the write cache off, and will not flush it.
+    Sync,
 }
 
-/// A queue that a worker may be told to work on.
-pub(super) struct Seat {
-    pub queue: u16,
-    pub metrics: Arc<QueueMetrics>,
-    pub stopped: Sender<Stopped>,
+/// A queue to work on.
+pub(super) struct Start {
+    pub index: u16,
+    pub ring: Ring,
+    pub kick: EventFd,
+    pub interrupt: QueueInterrupt,
+    pub memory: GuestMemory,
+    pub signals: Arc<dyn TransportSignals>,
+    /// Whether FLUSH was negotiated. If not, each write is stable when it completes (§5.2.6.2).
+    pub flushes: bool,
+    /// Heads of requests to take before those of the ring: they failed before the last stop.
+    pub again: Vec<u16>,
+}
+
+/// A queue that is given back.
+pub(super) struct Stopped {
+    pub queue: StoppedQueue,
+    /// Heads of requests that failed and were kept, in the order in which they came.
+    pub held: Vec<u16>,
 }
 
 /// What a worker is made of.
 pub(super) struct Parts {
     pub backend: Box<dyn BlockBackend>,
     pub disk: Arc<Disk>,
-    pub seats: Vec<Seat>,
+    pub metrics: Arc<QueueMetrics>,
     pub commands: Receiver<Command>,
     pub wake: EventFd,
-    /// Requests in flight at once in each queue.
+    pub stopped: Sender<Stopped>,
     pub depth: u16,
+}
+
+/// A request in flight.
+struct Slot {
+    busy: bool,
+    /// Rises from request to request.
+    sequence: u64,
+    head: u16,
+    status: u64,
+    operation: Operation,
+    offset: u64,
+    length: u64,
+    /// Bytes that the guest asked for in all, for the metrics.
+    payload: u32,
+    started: Instant,
+    /// Ranges that follow the one in flight.
+    ranges: Vec<Range>,
+    /// Which map of guest memory its buffers belong to.
+    map: u32,
+}
+
+struct Active {
+    index: u16,
+    ring: Ring,
+    interrupt: QueueInterrupt,
+    memory: GuestMemory,
+    /// The map that new requests use, with its number.
+    map: (u32, Arc<GuestMemoryMmap>),
+    /// Former maps that requests in flight still use.
+    retired: Vec<(u32, Arc<GuestMemoryMmap>)>,
+    signals: Arc<dyn TransportSignals>,
+    flushes: bool,
+    broken: bool,
+    stopping: bool,
+    /// Heads to take before those of the ring.
+    again: VecDeque<u16>,
+    /// Whether the ring has to wait until those that are tried again have ended.
+    retrying: bool,
+    /// Requests that failed and are kept, with their sequence. While there are any, no more are taken.
+    held: Vec<(u64, u16)>,
 }
 
 /// What a worker does next.
@@ -51,200 +112,483 @@ pub(super) struct Parts {
 enum Next {
     /// Sleep until something happens.
     Sleep,
-    /// Look at the rings again at once.
+    /// The ring is empty: look for work a little longer, then ask for kicks and sleep.
+    Settle,
+    /// Look at the ring again at once.
     Again,
-    /// Sleep, but look at the rings after this time.
+    /// Sleep, but look at the ring after this time: a limit is exhausted.
     After(Duration),
 }
 
 pub(super) struct Worker {
-    // Dropped first: its backend drains, and only then the memory that the lanes keep may go.
-    desk: Desk,
-    lanes: Vec<Lane>,
-    /// Lanes whose rings are empty, and that have not asked for kicks.
-    empty: Vec<bool>,
+    // Dropped first: drains, and only then the memory below may go.
+    backend: Box<dyn BlockBackend>,
+    active: Option<Box<Active>>,
+    disk: Arc<Disk>,
+    metrics: Arc<QueueMetrics>,
     commands: Receiver<Command>,
-    polling: Polling,
-    /// When all rings were last found empty.
-    settled: Instant,
-    /// Ids of requests for each lane.
-    stride: u16,
+    stopped: Sender<Stopped>,
+    parser: Parser,
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    /// The sequence of the next request.
+    sequence: u64,
+    /// A flush of our own has to follow all requests before this one.
+    sync_after: Option<u64>,
+    pace: Pace,
     leaving: bool,
 }
 
 impl Worker {
     /// The body of the thread: works until its owner drops the sender of commands.
     pub fn run(parts: Parts) {
-        let Parts { mut backend, disk, seats, commands, wake, depth } = parts;
+        let Parts { mut backend, disk, metrics, commands, wake, stopped, depth } = parts;
         let prepared = backend.prepare().and_then(|()| backend.watch(Signal::Command, Some(wake)));
-        let lanes =
-            (0..).zip(seats).map(|(number, seat)| Lane::new(number, seat.queue, depth, seat.metrics, seat.stopped));
-        let lanes: Vec<Lane> = lanes.collect();
+        let slot = |_| Slot {
+            busy: false,
+            sequence: 0,
+            head: 0,
+            status: 0,
+            operation: Operation::Flush,
+            offset: 0,
+            length: 0,
+            payload: 0,
+            started: Instant::now(),
+            ranges: Vec::new(),
+            map: 0,
+        };
         let mut worker = Self {
-            desk: Desk { backend, disk, parser: Parser::new(depth.max(256)) },
-            empty: vec![false; lanes.len()],
-            lanes,
+            backend,
+            active: None,
+            metrics,
             commands,
-            polling: Polling::default(),
-            settled: Instant::now(),
-            stride: depth.saturating_add(1),
+            stopped,
+            parser: Parser::new(depth.max(256)),
+            // The last one is for our own flush.
+            slots: (0..=depth).map(slot).collect(),
+            free: (0..depth).rev().collect(),
+            sequence: 0,
+            sync_after: None,
+            pace: Pace::new(),
             leaving: false,
+            disk,
         };
         if let Err(error) = prepared.and_then(|()| worker.turns()) {
             worker.give_up(&error);
         }
     }
 
-    fn turns(&mut self) -> io::Result<()> {
-        let mut events = Vec::with_capacity(self.lanes.len() * (usize::from(self.stride) + 1) + 8);
+    fn turns(&mut self) -> std::io::Result<()> {
+        let mut events = Vec::with_capacity(self.slots.len() + 8);
         let mut next = Next::Sleep;
         loop {
             let timeout = match next {
-                Next::Sleep => None,
+                Next::Sleep | Next::Settle => None,
                 Next::Again => Some(Duration::ZERO),
                 Next::After(pause) => Some(pause),
             };
-            self.desk.backend.wait(timeout, &mut events)?;
+            self.backend.wait(timeout, &mut events)?;
             let now = Instant::now();
-            let done = events.iter().any(|event| matches!(event, Event::Done(_)));
+            let (done, taken) = (events.iter().any(|event| matches!(event, Event::Done(_))), self.sequence);
             self.take_events(&mut events, now)?;
-            if self.leaving && self.lanes.iter().all(Lane::is_idle) {
+            if self.leaving && self.idle() {
                 return Ok(());
             }
-            let (then, came) = self.take_requests(now);
-            if next == Next::Sleep {
-                self.polling.waited(now.saturating_duration_since(self.settled), done || came);
-            }
-            next = match then {
-                Next::Again => then,
-                _ if self.empty.contains(&true) => self.settle(then)?,
-                _ => then,
+            let slept = next == Next::Sleep;
+            next = match self.pace.gather.rest(now) {
+                Some(rest) => Next::After(rest),
+                None => self.take_requests(now),
             };
+            let came = u32::try_from(self.sequence - taken).unwrap_or(u32::MAX);
+            self.metrics.gathered.add(if self.pace.gather.is_on() { came.into() } else { 0 });
+            self.pace.turned(now, slept, done, came);
+            if next == Next::Settle {
+                next = self.pace.gather.rest(now).map_or_else(|| self.settle(), |rest| Ok(Next::After(rest)))?;
+            }
         }
     }
 
-    fn take_events(&mut self, events: &mut Vec<Event>, now: Instant) -> io::Result<()> {
+    /// Looks for more work as long as that pays, then asks for kicks.
+    fn settle(&mut self) -> std::io::Result<Next> {
+        let Some(mut active) = self.active.take() else { return Ok(Next::Sleep) };
+        let window = self.pace.polling.window();
+        let memory = &active.map.1;
+        self.pace.settled = Instant::now();
+        if !window.is_zero() {
+            self.backend.start()?;
+            let (backend, ring) = (&mut self.backend, &active.ring);
+            if poll::look(window, || backend.is_ready() || ring.is_available(memory)) {
+                self.metrics.polled.increment();
+                self.active = Some(active);
+                return Ok(Next::Again);
+            }
+        }
+        let more = active.ring.enable_kicks(memory).unwrap_or_else(|error| {
+            self.break_ring(&mut active, &error.to_string());
+            false
+        });
+        self.active = Some(active);
+        Ok(if more { Next::Again } else { Next::Sleep })
+    }
+
+    fn idle(&self) -> bool {
+        let own = self.slots.last().is_some_and(|own| own.busy);
+        self.sync_after.is_none() && !own && self.free.len() + 1 == self.slots.len()
+    }
+
+    /// Begins the flush of our own once the requests that it has to follow are done.
+    fn sync(&mut self) {
+        let Some(after) = self.sync_after else { return };
+        let Some((own, slots)) = self.slots.split_last_mut() else { return };
+        if own.busy || slots.iter().any(|slot| slot.busy && slot.sequence < after) {
+            return;
+        }
+        (own.busy, own.operation, own.offset, own.length) = (true, Operation::Flush, 0, 0);
+        self.sync_after = None;
+        let id = u16::try_from(slots.len()).unwrap_or(u16::MAX);
+        let request = Request { id, operation: Operation::Flush, offset: 0, length: 0, buffers: &[] };
+        // SAFETY: there are no buffers.
+        unsafe { self.backend.submit(request) };
+    }
+
+    fn synced(&mut self, result: Result<u64, i32>) {
+        if let Some(own) = self.slots.last_mut() {
+            own.busy = false;
+        }
+        if let Err(errno) = result {
+            self.metrics.operation(Operation::Flush).errors.increment();
+            self.disk.io_error(errno, name(Operation::Flush), 0, 0, false);
+        }
+    }
+
+    fn take_events(&mut self, events: &mut Vec<Event>, now: Instant) -> std::io::Result<()> {
         let mut commanded = false;
         for event in events.drain(..) {
             match event {
-                Event::Done(Completion { id, result }) => {
-                    if let Some(lane) = self.lanes.get_mut(usize::from(id / self.stride)) {
-                        lane.completed(&mut self.desk, id % self.stride, result, now);
-                    }
-                }
-                Event::Signal(Signal::Kick(lane)) => {
-                    if let Some(lane) = self.lanes.get(usize::from(lane)) {
-                        lane.metrics.kicks.increment();
-                    }
-                }
+                Event::Done(completion) => self.completed(completion, now),
+                Event::Signal(Signal::Kick) => self.metrics.kicks.increment(),
                 Event::Signal(Signal::Command) => commanded = true,
             }
         }
-        for lane in &mut self.lanes {
-            lane.publish(&self.desk.disk);
-        }
+        self.publish();
         if commanded {
             self.take_commands()?;
         }
-        for lane in &mut self.lanes {
-            lane.sync(&mut self.desk);
-            if lane.has_stopped() {
-                lane.unwatch(&mut self.desk)?;
-                lane.give_back();
-                if !self.leaving {
-                    self.desk.disk.queue_stopped();
-                }
-            }
-        }
-        Ok(())
+        self.sync();
+        self.give_back()
     }
 
-    fn take_commands(&mut self) -> io::Result<()> {
+    fn take_commands(&mut self) -> std::io::Result<()> {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Start(start)) => self.start(*start)?,
-                Ok(Command::Stop(queue)) => self.with(queue, Lane::stop),
-                Ok(Command::Sync(queue)) => self.with(queue, Lane::sync_soon),
+                Ok(Command::Stop) => self.stop(),
+                Ok(Command::Sync) => self.sync_after = Some(self.sequence),
                 Err(TryRecvError::Empty) => return Ok(()),
                 Err(TryRecvError::Disconnected) => {
                     self.leaving = true;
-                    self.lanes.iter_mut().for_each(Lane::stop);
+                    self.stop();
                     return Ok(());
                 }
             }
         }
     }
 
-    fn start(&mut self, start: Start) -> io::Result<()> {
-        self.polling = Polling::default();
-        match self.lanes.iter_mut().find(|lane| lane.queue == start.index) {
-            Some(lane) => lane.start(&mut self.desk, start),
-            None => Ok(()),
+    fn start(&mut self, start: Start) -> std::io::Result<()> {
+        let Start { index, ring, kick, interrupt, memory, signals, flushes, again } = start;
+        self.metrics.held.set(0);
+        self.pace = Pace::new();
+        self.backend.watch(Signal::Kick, Some(kick))?;
+        let map = (0, memory.memory().into_inner());
+        let (retired, broken, stopping) = (Vec::new(), false, false);
+        let retrying = !again.is_empty();
+        let (again, held) = (again.into(), Vec::new());
+        let active = Active {
+            index,
+            ring,
+            interrupt,
+            memory,
+            map,
+            retired,
+            signals,
+            flushes,
+            broken,
+            stopping,
+            again,
+            retrying,
+            held,
+        };
+        self.active = Some(Box::new(active));
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.stopping = true;
         }
     }
 
-    fn with(&mut self, queue: u16, act: impl FnOnce(&mut Lane)) {
-        if let Some(lane) = self.lanes.iter_mut().find(|lane| lane.queue == queue) {
-            act(lane);
+    /// Gives the queue back if it was asked for and nothing is in flight.
+    fn give_back(&mut self) -> std::io::Result<()> {
+        if !self.idle() {
+            return Ok(());
         }
+        let Some(active) = self.active.take_if(|active| active.stopping) else { return Ok(()) };
+        self.backend.watch(Signal::Kick, None)?;
+        // The owner is gone only if the device was dropped: nobody wants the positions then.
+        let _ = self.stopped.send(active.give_back());
+        if !self.leaving {
+            self.disk.queue_stopped();
+        }
+        Ok(())
     }
 
-    /// Takes what the drivers made available; tells whether there was anything.
-    fn take_requests(&mut self, now: Instant) -> (Next, bool) {
-        let (mut next, mut came) = (Next::Sleep, false);
-        for (lane, empty) in self.lanes.iter_mut().zip(&mut self.empty) {
-            let before = lane.taken();
-            let left = lane.take_requests(&mut self.desk, now);
-            came |= lane.taken() > before;
-            *empty = left == Left::Empty;
-            next = match (next, left) {
-                (Next::Again, _) | (_, Left::More) => Next::Again,
-                (Next::After(one), Left::After(other)) => Next::After(one.min(other)),
-                (_, Left::After(pause)) => Next::After(pause),
-                (next, Left::Nothing | Left::Empty) => next,
-            };
-        }
-        (next, came)
-    }
-
-    /// Looks for more work as long as that pays, then asks for kicks. `next` is what to do if there is none.
-    fn settle(&mut self, next: Next) -> io::Result<Next> {
-        let window = self.polling.window();
-        self.settled = Instant::now();
-        if !window.is_zero() {
-            self.desk.backend.start()?;
-            let (backend, lanes) = (&mut self.desk.backend, self.lanes.iter().zip(&self.empty));
-            let available = || lanes.clone().any(|(lane, empty)| *empty && lane.is_available());
-            if poll::look(window, || backend.is_ready() || available()) {
-                self.lanes.iter().take(1).for_each(|lane| lane.metrics.polled.increment());
-                return Ok(Next::Again);
+    /// Takes what the driver made available.
+    fn take_requests(&mut self, now: Instant) -> Next {
+        let Some(mut active) = self.active.take() else { return Next::Sleep };
+        let mut next = Next::Sleep;
+        if !active.broken && !active.stopping && active.held.is_empty() && !self.disk.is_fenced() {
+            active.refresh_map(&self.slots);
+            match self.take_batch(&mut active, now) {
+                Ok(then) => next = then,
+                Err(error) => self.break_ring(&mut active, &error.to_string()),
             }
         }
-        let mut more = false;
-        for (lane, _) in self.lanes.iter_mut().zip(&self.empty).filter(|(_, empty)| **empty) {
-            more |= lane.enable_kicks(&self.desk.disk);
+        self.metrics.depth.set((self.slots.len() - 1 - self.free.len()) as u64);
+        self.active = Some(active);
+        self.publish();
+        next
+    }
+
+    fn take_batch(&mut self, active: &mut Active, now: Instant) -> Result<Next, ChainError> {
+        let (number, memory) = active.map.clone();
+        active.ring.disable_kicks(&memory)?;
+        let stable = !active.flushes || !self.disk.writeback.load(Ordering::Relaxed);
+        // At most one ring full: commands and completions have their turn whatever the driver does.
+        for _ in 0..active.ring.size() {
+            if let Some(pause) = self.disk.throttled(now) {
+                self.metrics.throttled.increment();
+                return Ok(Next::After(pause));
+            }
+            if active.retrying && active.again.is_empty() {
+                if !self.idle() {
+                    return Ok(Next::Sleep);
+                }
+                active.retrying = false;
+            }
+            let Some(head) = active.next_head(&memory)? else {
+                return Ok(Next::Settle);
+            };
+            active.ring.walk(&memory, head, &mut self.parser.chain)?;
+            let status = self.parser.status_address(&memory, head)?;
+            let rules = self.disk.rules(stable);
+            match self.parser.parse(&memory, head, &rules)? {
+                Asked::Answered { status: answer, written } => {
+                    if answer != STATUS_OK {
+                        self.metrics.refused.increment();
+                    }
+                    answer_chain(active, &memory, head, status, answer, written)?;
+                }
+                asked => {
+                    let size = active.ring.size();
+                    let id = self.free.pop().ok_or(RingError::TooMany { size })?;
+                    self.begin(id, head, status, number, now);
+                    self.submit(id, asked, now);
+                }
+            }
         }
-        Ok(if more { Next::Again } else { next })
+        Ok(Next::Again)
+    }
+
+    fn begin(&mut self, id: u16, head: u16, status: u64, map: u32, now: Instant) {
+        if let Some(slot) = self.slots.get_mut(usize::from(id)) {
+            (slot.head, slot.status, slot.map, slot.started) = (head, status, map, now);
+            (slot.busy, slot.sequence) = (true, self.sequence);
+            self.sequence += 1;
+        }
+        self.metrics.begin(id, now);
+    }
+
+    fn submit(&mut self, id: u16, asked: Asked, now: Instant) {
+        let Some(slot) = self.slots.get_mut(usize::from(id)) else { return };
+        slot.ranges.clear();
+        (slot.operation, slot.offset, slot.length) = match asked {
+            Asked::Transfer { operation, offset, length } => (operation, offset, u64::from(length)),
+            _ => {
+                slot.ranges.extend(self.parser.ranges.drain(..).rev());
+                let first = slot.ranges.pop();
+                first.map_or((Operation::Flush, 0, 0), |range| (range.operation, range.offset, range.length))
+            }
+        };
+        slot.payload = u32::try_from(slot.length).unwrap_or(u32::MAX);
+        let Slot { operation, offset, length, .. } = *slot;
+        self.disk.charge(operation, length, now);
+        let request = Request { id, operation, offset, length, buffers: &self.parser.buffers };
+        // SAFETY: the buffers are RAM of the map of this slot, which `Active` keeps until the slot is free again; `Worker`
+        // drops the backend, which drains, before the maps.
+        unsafe { self.backend.submit(request) };
+    }
+
+    fn completed(&mut self, completion: Completion, now: Instant) {
+        let Completion { id, result } = completion;
+        if usize::from(id) + 1 == self.slots.len() {
+            return self.synced(result);
+        }
+        let Some(slot) = self.slots.get_mut(usize::from(id)).filter(|slot| slot.busy) else { return };
+        // Less than was asked for is no success.
+        let result = result.and_then(|done| if done == slot.length { Ok(()) } else { Err(libc::EIO) });
+        if result.is_ok()
+            && let Some(Range { offset, length, operation }) = slot.ranges.pop()
+        {
+            (slot.offset, slot.length, slot.operation) = (offset, length, operation);
+            let request = Request { id, operation, offset, length, buffers: &[] };
+            // SAFETY: there are no buffers.
+            unsafe { self.backend.submit(request) };
+            return;
+        }
+        let (operation, payload) = (slot.operation, slot.payload);
+        slot.busy = false;
+        if let Err(errno) = result
+            && self.disk.holds(errno)
+        {
+            return self.hold(id, errno);
+        }
+        let counters = self.metrics.operation(operation);
+        counters.requests.increment();
+        counters.latency.record(now.saturating_duration_since(slot.started));
+        let (status, written) = match result {
+            Ok(()) if operation == Operation::Read => (STATUS_OK, payload),
+            Ok(()) => (STATUS_OK, 0),
+            Err(errno) => (status_of(errno, operation), 0),
+        };
+        let moved = if result.is_ok() { u64::from(payload) } else { 0 };
+        match operation {
+            Operation::Read => self.metrics.read_bytes.add(moved),
+            Operation::Write { .. } => self.metrics.written_bytes.add(moved),
+            _ => {}
+        }
+        if let Err(errno) = result {
+            counters.errors.increment();
+            if errno == libc::EBADE {
+                self.disk.conflict();
+            }
+            self.disk.io_error(errno, name(operation), slot.offset, slot.length, false);
+        }
+        let (head, address) = (slot.head, slot.status);
+        self.metrics.end(id);
+        self.free.push(id);
+        self.answer(head, address, status, written);
+    }
+
+    /// Keeps a request that failed, and the queue stands still.
+    fn hold(&mut self, id: u16, errno: i32) {
+        self.metrics.end(id);
+        self.free.push(id);
+        let (Some(slot), Some(active)) = (self.slots.get(usize::from(id)), &mut self.active) else { return };
+        self.metrics.operation(slot.operation).errors.increment();
+        if active.held.is_empty() {
+            // The others will be tried again with it: one call for help is enough.
+            self.disk.io_error(errno, name(slot.operation), slot.offset, slot.length, true);
+        }
+        active.held.push((slot.sequence, slot.head));
+        self.metrics.held.set(active.held.len() as u64);
+    }
+
+    fn answer(&mut self, head: u16, address: u64, status: u8, written: u32) {
+        let Some(mut active) = self.active.take() else { return };
+        let memory = Arc::clone(&active.map.1);
+        if let Err(error) = answer_chain(&mut active, &memory, head, address, status, written) {
+            self.break_ring(&mut active, &error.to_string());
+        }
+        self.active = Some(active);
+    }
+
+    fn publish(&mut self) {
+        let Some(mut active) = self.active.take() else { return };
+        match active.ring.publish(&active.map.1) {
+            Ok(true) => {
+                active.interrupt.trigger();
+                self.metrics.interrupts.increment();
+            }
+            Ok(false) => {}
+            Err(error) => self.break_ring(&mut active, &error.to_string()),
+        }
+        self.active = Some(active);
+    }
+
+    fn break_ring(&self, active: &mut Active, reason: &str) {
+        if active.broken {
+            return;
+        }
+        active.broken = true;
+        self.metrics.broken.increment();
+        self.disk.broken(active.index, reason);
+        active.signals.needs_reset(reason);
     }
 
     /// The backend cannot go on. What is in flight stays so, and the memory with it, for ever.
-    fn give_up(mut self, error: &io::Error) {
-        self.desk.disk.lost(error);
-        for lane in &mut self.lanes {
-            lane.fail(&self.desk.disk, "the host's I/O engine failed");
+    fn give_up(mut self, error: &std::io::Error) {
+        self.disk.lost(error);
+        if let Some(mut active) = self.active.take() {
+            self.break_ring(&mut active, "the host's I/O engine failed");
+            self.active = Some(active);
         }
         // Commands are answered as far as they can be, from now on without the backend.
-        loop {
-            for lane in self.lanes.iter_mut().filter(|lane| lane.has_stopped()) {
-                lane.give_back();
-                self.desk.disk.queue_stopped();
+        while let Ok(command) = self.commands.recv() {
+            match command {
+                Command::Start(start) => start.signals.needs_reset("the host's I/O engine failed"),
+                Command::Stop => self.stop(),
+                Command::Sync => {}
             }
-            match self.commands.recv() {
-                Ok(Command::Start(start)) => start.signals.needs_reset("the host's I/O engine failed"),
-                Ok(Command::Stop(queue)) => self.with(queue, Lane::stop),
-                Ok(Command::Sync(_)) => {}
-                Err(_) => return,
+            if self.idle()
+                && let Some(active) = self.active.take_if(|active| active.stopping)
+            {
+                let _ = self.stopped.send(active.give_back());
+                self.disk.queue_stopped();
             }
         }
     }
+}
+
+impl Active {
+    /// The next request: first those that are tried again.
+    fn next_head(&mut self, memory: &GuestMemoryMmap) -> Result<Option<u16>, ChainError> {
+        match self.again.pop_front() {
+            Some(head) => Ok(Some(head)),
+            None => Ok(self.ring.next_head(memory)?),
+        }
+    }
+
+    fn give_back(mut self) -> Stopped {
+        self.held.sort_unstable();
+        let held = self.held.iter().map(|(_, head)| *head).chain(self.again).collect();
+        Stopped { queue: StoppedQueue { index: self.index, state: self.ring.state() }, held }
+    }
+
+    /// Takes the present map of guest memory for new requests, and lets go of maps that no request in flight uses.
+    fn refresh_map(&mut self, slots: &[Slot]) {
+        let present = self.memory.memory();
+        if std::ptr::eq(&raw const *present, Arc::as_ptr(&self.map.1)) && self.retired.is_empty() {
+            return;
+        }
+        if !std::ptr::eq(&raw const *present, Arc::as_ptr(&self.map.1)) {
+            let next = (self.map.0.wrapping_add(1), present.into_inner());
+            self.retired.push(std::mem::replace(&mut self.map, next));
+        }
+        self.retired.retain(|(number, _)| slots.iter().any(|slot| slot.busy && slot.map == *number));
+    }
+}
+
+fn answer_chain(
+    active: &mut Active,
+    memory: &GuestMemoryMmap,
+    head: u16,
+    address: u64,
+    status: u8,
+    written: u32,
+) -> Result<(), ChainError> {
+    let unmapped = RingError::Unmapped { head, address };
+    memory.write_obj(status, GuestAddress(address)).map_err(|_| unmapped)?;
+    active.ring.put_used(memory, head, written.saturating_add(1))?;
+    Ok(())
 }

@@ -178,7 +178,7 @@ fn attach_devices(config: &VmConfig, sockets: &Sockets<'_>, inventory: &mut Inve
     for (id, slot) in slot_assignment(config).map_err(AssemblyError::Config)? {
         let device: Box<dyn VirtioDevice> = if let Some(disk) = config.disk(&id) {
             let group = disk.group.as_ref().and_then(|group| inventory.group(group)).cloned();
-            let (device, live) = disks::open(disk, group, config.cpus.count, sockets.host)?;
+            let (device, live) = disks::open(disk, group, sockets.host)?;
             inventory.add_disk(&id, live);
             Box::new(device)
         } else if let Some(nic) = config.nic(&id) {

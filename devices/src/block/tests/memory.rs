@@ -11,7 +11,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::config::tests::geometry;
-use super::super::device::LunFacts;
+use super::super::device::Seat;
 use super::super::reservation::Guard;
 use super::*;
 use crate::block::{BlockBackend, BlockSource, Completion, Event, Geometry, Operation, Request, Signal};
@@ -91,7 +91,7 @@ impl MemoryDisk {
 
     /// A device on this disk.
     pub fn device(&self, options: &BlockOptions, notifier: Arc<RecordedNotifier>) -> VirtioBlock {
-        let backend = |queues: &[_]| Ok(Box::new(MemoryBackend::new(self, queues.len())) as Box<dyn BlockBackend>);
+        let backend = |_: &_| Ok(Box::new(MemoryBackend::new(self)) as Box<dyn BlockBackend>);
         VirtioBlock::with_backends(options, Arc::new(self.clone()), &backend, &PlainThreads, notifier).unwrap()
     }
 
@@ -99,10 +99,10 @@ impl MemoryDisk {
     pub fn guarded(&self, guard: Guard) -> Bench {
         let options = BlockOptions::new("root", "");
         let notifier = Arc::new(RecordedNotifier::default());
-        let backend = |queues: &[_]| Ok(Box::new(MemoryBackend::new(self, queues.len())) as Box<dyn BlockBackend>);
-        let facts = LunFacts { wwid: None, guard: Some(guard) };
+        let backend = |_: &_| Ok(Box::new(MemoryBackend::new(self)) as Box<dyn BlockBackend>);
+        let seat = Seat { wwid: None, guard: Some(guard) };
         let source = Arc::new(self.clone());
-        let device = VirtioBlock::assemble(&options, facts, source, &backend, &PlainThreads, notifier.clone());
+        let device = VirtioBlock::assemble(&options, seat, source, &backend, &PlainThreads, notifier.clone());
         Bench::new(device.unwrap(), notifier)
     }
 
@@ -130,15 +130,14 @@ impl BlockSource for MemoryDisk {
 struct MemoryBackend {
     disk: MemoryDisk,
     number: usize,
-    /// For commands, and for the kicks of each queue.
-    watches: Vec<Option<EventFd>>,
+    watches: [Option<EventFd>; 2],
 }
 
 impl MemoryBackend {
-    fn new(disk: &MemoryDisk, queues: usize) -> Self {
+    fn new(disk: &MemoryDisk) -> Self {
         let mut inner = disk.inner.lock().unwrap();
         inner.backends += 1;
-        Self { disk: disk.clone(), number: inner.backends, watches: (0..=queues).map(|_| None).collect() }
+        Self { disk: disk.clone(), number: inner.backends, watches: [None, None] }
     }
 
     fn take_done(&self, events: &mut Vec<Event>) {
@@ -180,11 +179,7 @@ fn perform(bytes: &mut [u8], request: &Seen) {
 
 impl BlockBackend for MemoryBackend {
     fn watch(&mut self, signal: Signal, event: Option<EventFd>) -> io::Result<()> {
-        let position = match signal {
-            Signal::Command => 0,
-            Signal::Kick(queue) => usize::from(queue) + 1,
-        };
-        self.watches[position] = event;
+        self.watches[signal as usize] = event;
         Ok(())
     }
 
@@ -202,19 +197,18 @@ impl BlockBackend for MemoryBackend {
         let timeout = if events.is_empty() { timeout } else { Some(Duration::ZERO) };
         let fd = |event: &EventFd| libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let none = libc::pollfd { fd: -1, events: 0, revents: 0 };
-        let watched = self.watches.iter().map(|event| event.as_ref().map_or(none, fd));
-        let mut polled: Vec<_> = std::iter::once(fd(&self.disk.changed)).chain(watched).collect();
+        let [kick, command] = &self.watches;
+        let mut polled = [kick.as_ref().map_or(none, fd), command.as_ref().map_or(none, fd), fd(&self.disk.changed)];
         let timeout = timeout.map_or(-1, |timeout| timeout.as_millis() as i32);
-        // SAFETY: so many pollfds.
-        unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout) };
-        let signals = std::iter::once(Signal::Command).chain((0..).map(Signal::Kick));
-        for ((watch, polled), signal) in self.watches.iter().zip(&polled[1..]).zip(signals) {
-            if polled.revents != 0 {
-                let _ = watch.as_ref().unwrap().read();
+        // SAFETY: three pollfds.
+        unsafe { libc::poll(polled.as_mut_ptr(), 3, timeout) };
+        for (position, signal) in [Signal::Kick, Signal::Command].into_iter().enumerate() {
+            if polled[position].revents != 0 {
+                let _ = self.watches[position].as_ref().unwrap().read();
                 events.push(Event::Signal(signal));
             }
         }
-        if polled[0].revents != 0 {
+        if polled[2].revents != 0 {
             let _ = self.disk.changed.read();
             self.take_done(events);
         }

@@ -163,82 +163,33 @@ fn misaligned_buffers_of_any_number_and_size_go_through_direct_io() {
     }
 }
 
-/// Each number of threads for four queues.
-fn threads_for_four_queues() -> impl Iterator<Item = Option<u16>> {
-    std::iter::once(None).chain((1..=4).map(Some))
-}
-
 #[test]
-fn every_queue_works_whichever_thread_serves_it() {
-    for workers in threads_for_four_queues() {
-        let file = TempFile::new(SIZE);
-        let mut bench = Bench::open(BlockOptions { queues: 4, workers, ..file.options() }).unwrap();
-        assert_ne!(bench.device.features() & 1 << feature::MQ, 0);
-        bench.start(FLUSH);
-        for queue in 0..4 {
-            let bytes = pattern(queue, 4096);
-            bench.driver.write(bench.data, &bytes);
-            let data = Buffer::readable(bench.data, 4096);
-            let head = bench.send(queue as usize, OUT, queue * 8, &[data]);
-            assert_eq!(bench.answer(queue as usize, head), ok(1));
-            assert_eq!(file.bytes(queue * 4096, 4096), bytes);
-        }
-        let stopped = bench.stop();
-        assert_eq!(stopped.iter().map(|queue| queue.index).collect::<Vec<_>>(), [0, 1, 2, 3]);
-        bench.resume(FLUSH, &stopped);
-        let head = bench.send(2, T_FLUSH, 0, &[]);
-        assert_eq!(bench.answer(2, head), ok(1), "{workers:?} go on where they stopped");
+fn every_queue_works_at_the_same_time() {
+    let file = TempFile::new(SIZE);
+    let mut bench = Bench::open(BlockOptions { queues: 4, ..file.options() }).unwrap();
+    assert_ne!(bench.device.features() & 1 << feature::MQ, 0);
+    bench.start(FLUSH);
+    for queue in 0..4 {
+        let bytes = pattern(queue, 4096);
+        bench.driver.write(bench.data, &bytes);
+        let data = Buffer::readable(bench.data, 4096);
+        let head = bench.send(queue as usize, OUT, queue * 8, &[data]);
+        assert_eq!(bench.answer(queue as usize, head), ok(1));
+        assert_eq!(file.bytes(queue * 4096, 4096), bytes);
     }
-}
-
-#[test]
-fn requests_of_all_queues_at_once_are_answered_each_in_its_own() {
-    const EACH: u64 = 16;
-    for workers in threads_for_four_queues() {
-        let file = TempFile::new(SIZE);
-        let mut bench = Bench::open(BlockOptions { queues: 4, workers, queue_size: 64, ..file.options() }).unwrap();
-        bench.start(FLUSH);
-        let mut heads = vec![Vec::new(); 4];
-        for number in 0..4 * EACH {
-            let [header, status] = [16, 1].map(|length| bench.driver.allocate(length, 16));
-            let data = bench.driver.allocate(512, 512);
-            let mut raw = [0; 16];
-            raw[..4].copy_from_slice(&OUT.to_le_bytes());
-            raw[8..].copy_from_slice(&number.to_le_bytes());
-            bench.driver.write(header, &raw);
-            bench.driver.write(status, &[0xaa]);
-            bench.driver.write(data, &pattern(number, 512));
-            let chain = [Buffer::readable(header, 16), Buffer::readable(data, 512), Buffer::writable(status, 1)];
-            let queue = (number % 4) as usize;
-            heads[queue].push((bench.driver.ring(queue).add_indirect(&chain), status));
-        }
-        (0..4).for_each(|queue| bench.driver.ring(queue).kick_always());
-        for (queue, mut heads) in heads.into_iter().enumerate() {
-            while !heads.is_empty() {
-                let used = bench.driver.ring(queue).wait_used(SOON).expect("the disk answers");
-                let place = heads.iter().position(|(head, _)| *head == used.head).expect("a request of this queue");
-                assert_eq!(bench.driver.read(heads.remove(place).1, 1), [STATUS_OK]);
-            }
-        }
-        for number in 0..4 * EACH {
-            assert!(file.bytes(number * 512, 512) == pattern(number, 512), "request {number}, {workers:?} threads");
-        }
-        assert_eq!(bench.metric("disk_requests", Some("write")), 4 * EACH);
-        assert_eq!(bench.device.handle().in_flight().0, 0);
-    }
+    let stopped = bench.stop();
+    assert_eq!(stopped.iter().map(|queue| queue.index).collect::<Vec<_>>(), [0, 1, 2, 3]);
 }
 
 #[test]
 fn a_driver_may_use_fewer_queues_than_there_are() {
-    for workers in threads_for_four_queues() {
-        let file = TempFile::new(SIZE);
-        let mut bench = Bench::open(BlockOptions { queues: 4, workers, ..file.options() }).unwrap();
-        let activation = bench.driver.activation_of(FLUSH | INDIRECT_DESC, &[1, 3]);
-        bench.device.start(activation).unwrap();
-        let head = bench.send(3, T_FLUSH, 0, &[]);
-        assert_eq!(bench.answer(3, head), ok(1));
-        assert_eq!(bench.stop().iter().map(|queue| queue.index).collect::<Vec<_>>(), [1, 3]);
-    }
+    let file = TempFile::new(SIZE);
+    let mut bench = Bench::open(BlockOptions { queues: 4, ..file.options() }).unwrap();
+    let activation = bench.driver.activation_of(FLUSH | INDIRECT_DESC, &[1, 3]);
+    bench.device.start(activation).unwrap();
+    let head = bench.send(3, T_FLUSH, 0, &[]);
+    assert_eq!(bench.answer(3, head), ok(1));
+    assert_eq!(bench.stop().iter().map(|queue| queue.index).collect::<Vec<_>>(), [1, 3]);
 }
 
 #[test]
@@ -399,10 +350,6 @@ fn a_path_that_is_no_disk_is_refused_with_a_remedy() {
     assert!(error(BlockOptions { reservation, ..file.options() }).contains("has no persistent reservations"));
     assert!(error(BlockOptions { reservation, read_only: true, ..file.options() }).contains("needs no reservation"));
     assert!(error(BlockOptions { queues: 0, ..file.options() }).contains("0 queues"));
-    for workers in [0, 3] {
-        let options = BlockOptions { queues: 2, workers: Some(workers), ..file.options() };
-        assert!(error(options).contains("1 to 2 are possible"));
-    }
     assert!(error(BlockOptions { queue_size: 100, ..file.options() }).contains("power of two"));
     assert!(error(BlockOptions { serial: Some(String::new()), ..file.options() }).contains("printable"));
 }
@@ -421,15 +368,15 @@ fn threads_and_descriptors_go_with_the_device() {
         let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
         names.filter(|name| name.starts_with("leaves.q")).count()
     };
-    for (started, workers) in [(false, 3), (true, 3), (true, 2), (true, 1)] {
-        let options = BlockOptions { id: "leaves".into(), queues: 3, workers: Some(workers), ..file.options() };
+    for started in [false, true] {
+        let options = BlockOptions { id: "leaves".into(), queues: 3, ..file.options() };
         let mut bench = Bench::open(options).unwrap();
         if started {
             bench.start(FLUSH);
             bench.write(0, &[1; 512]);
         }
         // A thread names itself, and leaves /proc a moment after it was joined.
-        eventually(|| threads() == usize::from(workers));
+        eventually(|| threads() == 3);
         let handle = bench.device.handle();
         drop(bench);
         eventually(|| threads() == 0);
