@@ -15,7 +15,7 @@ def heading(versions):
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown CPU")
     where = "in the laboratory (nested KVM under TCG: only ratios mean anything)" if os.environ.get("LAB") else "on KVM"
     host = os.environ.get("RACKVISOR_BENCH_HOST", "")
-    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {where}; {os.cpu_count()} CPUs, {model}; Linux {platform.release()}; load {load}")
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}, {where}; {len(os.sched_getaffinity(0))} CPUs, {model}; Linux {platform.release()}; load {load}")
     if host:
         print(f"host: {host}")
     for version in dict.fromkeys(versions):
