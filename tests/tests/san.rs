@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use rackvisor_api::client::Client;
-use rackvisor_api::config::{DiskConfig, DiskPatch};
+use rackvisor_api::config::{DiskConfig, DiskPatch, VmConfig};
 use rackvisor_api::problem::Code;
 use rackvisor_api::state::{Action, VmState};
 use rackvisor_tests::{
@@ -48,9 +48,7 @@ fn a_guest_notices_nothing_when_one_path_dies_and_returns() {
     needs_san!();
     let san = San::take();
     let vmm = Rackvisor::start();
-    let mut config = linux_with_fio();
-    config.disks = vec![san.disk("root", San::RETRIES)];
-    let mut guest = vmm.boot_linux(&config);
+    let mut guest = vmm.boot_linux(&VmConfig { disks: vec![san.disk("root", San::RETRIES)], ..linux_with_fio() });
     let laps = Laps::start(&mut guest, "/dev/vda");
     wait_for_writes(&vmm, "root", 50);
     san.fail_path(0);
@@ -71,12 +69,11 @@ fn without_a_path_a_vm_that_stops_on_errors_pauses_and_goes_on_as_if_nothing_had
     let san = San::take();
     // Two VMs, one outage.
     let (stops, reports) = (Rackvisor::start(), Rackvisor::start());
-    let mut config = linux_with_fio();
-    config.disks = vec![with(&san.disk("root", San::RETRIES), json!({ "on_error": "stop" }))];
-    let mut guest = stops.boot_linux(&config);
-    let mut config = linux();
-    config.disks = vec![san.disk("data", San::FAILS)];
-    let mut other = reports.boot_linux(&config);
+    let mut guest = stops.boot_linux(&VmConfig {
+        disks: vec![with(&san.disk("root", San::RETRIES), json!({ "on_error": "stop" }))],
+        ..linux_with_fio()
+    });
+    let mut other = reports.boot_linux(&VmConfig { disks: vec![san.disk("data", San::FAILS)], ..linux() });
 
     let laps = Laps::start(&mut guest, "/dev/vda");
     other.send("i=0; while dd if=/dev/zero of=/dev/vda bs=4k seek=$i count=1 oflag=direct; do i=$((i + 1)); done 2>&1 | grep rror");
@@ -141,9 +138,10 @@ fn while_a_lun_without_a_path_keeps_its_requests_the_api_answers_and_a_pause_tha
     needs_san!();
     let san = San::take();
     let vmm = Rackvisor::start();
-    let mut config = linux_with_fio();
-    config.disks = vec![with(&san.disk("root", San::QUEUES), json!({ "stall_after": "3s" }))];
-    let mut guest = vmm.boot_linux(&config);
+    let mut guest = vmm.boot_linux(&VmConfig {
+        disks: vec![with(&san.disk("root", San::QUEUES), json!({ "stall_after": "3s" }))],
+        ..linux_with_fio()
+    });
     let laps = Laps::start(&mut guest, "/dev/vda");
     wait_for_writes(&vmm, "root", 50);
     san.fail_all_paths();
@@ -194,9 +192,7 @@ fn a_reset_and_a_shutdown_that_a_hung_lun_holds_up_say_so_and_come_by_themselves
     needs_san!();
     let san = San::take();
     let vmm = Rackvisor::start();
-    let mut config = linux();
-    config.disks = vec![san.disk("root", San::QUEUES)];
-    let mut guest = vmm.boot_linux(&config);
+    let mut guest = vmm.boot_linux(&VmConfig { disks: vec![san.disk("root", San::QUEUES)], ..linux() });
     let writes = "dd if=/dev/zero of=/dev/vda bs=4k oflag=direct";
     for action in [Action::Reset, Action::Shutdown] {
         guest.send(writes);
@@ -227,9 +223,7 @@ fn a_kill_in_mid_write_loses_no_record_whose_flush_was_acknowledged() {
     needs_san!();
     let san = San::take();
     let vmm = Rackvisor::start();
-    let mut config = linux();
-    config.disks = vec![san.disk("root", San::RETRIES)];
-    let mut guest = vmm.boot_linux(&config);
+    let mut guest = vmm.boot_linux(&VmConfig { disks: vec![san.disk("root", San::RETRIES)], ..linux() });
     let flushes = || -> u64 {
         let stat = san.attribute(San::RETRIES, "stat");
         stat.split_whitespace().nth(15).unwrap().parse().unwrap()
@@ -295,9 +289,10 @@ fn luns_of_large_blocks_whether_native_or_emulated_look_so_to_the_guest_and_hold
     let san = San::take();
     let Some(emulated) = Emulated::new() else { return skip("there is no scsi_debug") };
     let vmm = Rackvisor::start();
-    let mut config = linux();
-    config.disks = vec![san.disk("native", San::FAILS), DiskConfig::new("emulated", &emulated.0)];
-    let mut guest = vmm.boot_linux(&config);
+    let mut guest = vmm.boot_linux(&VmConfig {
+        disks: vec![san.disk("native", San::FAILS), DiskConfig::new("emulated", &emulated.0)],
+        ..linux()
+    });
     for (id, device, logical) in [("native", "vda", 4096), ("emulated", "vdb", 512)] {
         let disk = vmm.client.disk(id).unwrap();
         assert_eq!((disk.logical_block_size, disk.physical_block_size), (Some(logical), Some(4096)));
@@ -345,9 +340,7 @@ fn a_lun_that_grows_under_a_mounted_file_system_is_seen_in_two_seconds_without_a
     needs_san!();
     let san = San::take();
     let vmm = Rackvisor::start();
-    let mut config = linux_with_fio();
-    config.disks = vec![san.disk("root", San::QUEUES)];
-    let mut guest = vmm.boot_linux(&config);
+    let mut guest = vmm.boot_linux(&VmConfig { disks: vec![san.disk("root", San::QUEUES)], ..linux_with_fio() });
     let small = vmm.client.disk("root").unwrap().capacity.unwrap();
     guest.ok(
         "mke2fs -q -b 4096 -i 1048576 /dev/vda && mount -t ext4 /dev/vda /mnt && seq 1 200000 >/mnt/numbers && sync",
@@ -381,9 +374,7 @@ fn a_disk_that_shrinks_keeps_its_size_for_the_guest_and_that_is_reported() {
     let Some(mapped) = Mapped::new(64) else { return skip("device-mapper needs root and /dev/mapper/control") };
     const MIB: u64 = 1 << 20;
     let vmm = Rackvisor::start();
-    let mut config = linux();
-    config.disks = vec![DiskConfig::new("data", &mapped.path)];
-    let mut guest = vmm.boot_linux(&config);
+    let mut guest = vmm.boot_linux(&VmConfig { disks: vec![DiskConfig::new("data", &mapped.path)], ..linux() });
     mapped.resize(32);
     let refused = vmm.client.patch_disk("data", &DiskPatch::default()).unwrap_err().to_string();
     assert!(refused.contains("shrank") && refused.contains("data"), "{refused}");

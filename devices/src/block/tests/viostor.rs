@@ -45,7 +45,7 @@ impl Viostor {
         let arena = driver.allocate(ARENA, 4096);
         let notifier = Arc::new(RecordedNotifier::default());
         // Nobody listens to the interrupts: this driver polls.
-        let msis = TestMsis::default();
+        let (msis, _) = TestMsis::new();
         let pci = VirtioPci::new("root".into(), Box::new(device), driver.memory(), &msis, notifier).unwrap();
         let bar = pci.bars().remove(0).device;
         Self { driver, pci, bar, arena }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::DeviceEvent;
@@ -160,19 +161,21 @@ struct Driver {
     pci: VirtioPci,
     bar: Arc<dyn BusDevice>,
     device: Shared,
-    vectors: TestMsis,
+    vectors: Vec<EventFd>,
     notified: Arc<Notified>,
 }
 
 impl Driver {
     fn new() -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
-        let (device, msi, notified) = (Shared::default(), TestMsis::default(), Arc::new(Notified::default()));
+        let (device, notified) = (Shared::default(), Arc::new(Notified::default()));
+        let (msis, vectors) = TestMsis::new();
         let boxed = Box::new(Device(device.clone()));
-        let pci = VirtioPci::new("disk0".to_owned(), boxed, GuestMemory::new(memory), &msi, Arc::clone(&notified) as _)
-            .unwrap();
+        let pci =
+            VirtioPci::new("disk0".to_owned(), boxed, GuestMemory::new(memory), &msis, Arc::clone(&notified) as _)
+                .unwrap();
         let bar = pci.bars().remove(0).device;
-        Self { pci, bar, device, vectors: msi, notified }
+        Self { pci, bar, device, vectors: vectors.try_iter().collect(), notified }
     }
 
     fn read<const N: usize>(&self, offset: u64) -> [u8; N] {
@@ -259,7 +262,7 @@ impl Driver {
     }
 
     fn interrupted(&self, vector: usize) -> bool {
-        self.vectors.injected(vector) > 0
+        self.vectors[vector].read().is_ok()
     }
 
     /// What the worker of the `n`th active queue finds in its kick.
