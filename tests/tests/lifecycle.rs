@@ -159,7 +159,7 @@ fn pauses_under_load_lose_nothing_on_disk_or_network() {
     let tap = Tap::new();
     let vmm = Rackvisor::start();
     let pattern = noise(6, 1 << 20);
-    let (copies, laps) = (8, 12);
+    let (copies, laps) = (8, 24);
     let mut config = linux();
     config.boot.as_mut().unwrap().cmdline += &tap.cmdline();
     config.cpus.count = 2;
@@ -192,8 +192,8 @@ fn pauses_under_load_lose_nothing_on_disk_or_network() {
                 received.store(all.len(), Ordering::SeqCst);
             }
         });
-        for part in 1..=5 {
-            let mark = (laps << 20) / 7 * part;
+        for part in 1..=10 {
+            let mark = (laps << 20) / 12 * part;
             eventually("the guest sends", || (received.load(Ordering::SeqCst) >= mark).then_some(()));
             pause_and_resume(&vmm);
         }
