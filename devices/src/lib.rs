@@ -17,6 +17,7 @@ pub mod limiter;
 pub mod metrics;
 pub mod net;
 pub mod pci;
+mod scheduling;
 mod syscall;
 mod throttle;
 pub mod virtio;

@@ -12,7 +12,6 @@ use tracing::warn;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::affinity;
 use super::backend::{BlockBackend, BlockSource, Geometry};
 use super::config::{self, Variable, WRITEBACK_OFFSET, feature};
 use super::error::{BlockError, RescanError};
@@ -27,7 +26,7 @@ use crate::limiter::{Limiter, Limits};
 use crate::metrics::MetricSource;
 use crate::virtio::ring::Ring;
 use crate::virtio::{Activation, ActiveQueue, DeviceType, StartError, StillBusy, StoppedQueue, VirtioDevice};
-use crate::{DeviceNotifier, GuestMemory, ThreadSpawner};
+use crate::{DeviceNotifier, GuestMemory, ThreadSpawner, scheduling};
 
 const INDIRECT_DESC: u32 = 28;
 const MAX_QUEUES: u16 = 64;
@@ -279,7 +278,7 @@ impl VirtioBlock {
         let name = thread_name(&options.id, &format!(".q{index}"));
         let thread = spawner.spawn(&name, Box::new(move || Worker::run(parts))).map_err(lacking("a thread"))?;
         if let Some(cpus) = options.affinity.get(index).or_else(|| options.affinity.first()) {
-            affinity::pin(&thread, cpus).map_err(|error| BlockError::Affinity { thread: name, error })?;
+            scheduling::pin(&thread, cpus).map_err(|error| BlockError::Affinity { thread: name, error })?;
         }
         let (held, state) = (Vec::new(), State::Idle);
         Ok(QueueThread { commands: Some(commands), wake, stopped: answers, held, thread: Some(thread), state })

@@ -35,8 +35,8 @@ pub struct QueueMetrics {
     pub kicks: Counter,
     /// Times that the worker found work without having slept.
     pub polled: Counter,
-    /// Requests that were taken after they had been left to gather.
-    pub gathered: Counter,
+    /// Requests that the worker was less eager to take, so that more come at once.
+    pub moderated: Counter,
     /// Interrupts that were sent.
     pub interrupts: Counter,
     /// Requests whose buffers were misaligned and had to be copied.
@@ -82,7 +82,7 @@ impl QueueMetrics {
             depth: Gauge::default(),
             kicks: Counter::default(),
             polled: Counter::default(),
-            gathered: Counter::default(),
+            moderated: Counter::default(),
             interrupts: Counter::default(),
             bounced: Counter::default(),
             held: Gauge::default(),
@@ -190,7 +190,7 @@ impl MetricSource for BlockMetrics {
                 ("disk_refused_requests", "Requests refused for what they asked.", &queue.refused),
                 ("disk_kicks", "Kicks by the guest that woke the worker.", &queue.kicks),
                 ("disk_polls", "Times that the worker found work without having slept.", &queue.polled),
-                ("disk_gathered_requests", "Requests taken after they had been left to gather.", &queue.gathered),
+                ("disk_moderated_requests", "Requests taken less eagerly, for more to come at once.", &queue.moderated),
                 ("disk_interrupts", "Interrupts sent to the guest.", &queue.interrupts),
                 ("disk_bounced_requests", "Requests copied because their buffers were misaligned.", &queue.bounced),
                 ("disk_throttled", "Times that requests had to wait for a limit.", &queue.throttled),

@@ -8,15 +8,14 @@
 //! is over when nothing is in flight, and gives back where the rings stand; memory of the guest outlives the requests that
 //! name it; nothing that a guest sends makes the thread panic, spin or allocate.
 
-mod affinity;
 mod backend;
 mod config;
 mod device;
 mod error;
 mod file;
-mod gather;
 mod identity;
 mod metrics;
+mod moderation;
 mod poll;
 mod request;
 mod reservation;

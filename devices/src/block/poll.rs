@@ -6,7 +6,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::gather::Gather;
+use super::moderation::{Level, Moderation};
+use crate::scheduling;
 
 /// The most that is looked for work at a time.
 pub(super) const LONGEST: Duration = Duration::from_micros(32);
@@ -37,15 +38,18 @@ impl Polling {
 #[derive(Debug)]
 pub(super) struct Pace {
     pub polling: Polling,
-    pub gather: Gather,
+    pub moderation: Moderation,
     /// When the ring was last found empty.
     pub settled: Instant,
 }
 
 impl Pace {
-    pub fn new() -> Self {
+    /// A new driver's, of which nothing is known yet.
+    pub fn begin() -> Self {
         let now = Instant::now();
-        Self { polling: Polling::default(), gather: Gather::new(now), settled: now }
+        // Where the host does not let a thread choose, it is as polite as it is.
+        let _ = scheduling::wait_for_others(false);
+        Self { polling: Polling::default(), moderation: Moderation::new(now), settled: now }
     }
 
     /// The worker woke at `now`, and found that requests had ended (`done`) or come.
@@ -53,8 +57,14 @@ impl Pace {
         if slept {
             self.polling.waited(now.saturating_duration_since(self.settled), done || came > 0);
         }
-        if came > 0 {
-            self.gather.taken(came, now);
+        if came == 0 {
+            return;
+        }
+        let before = self.moderation.level();
+        self.moderation.taken(came, now);
+        let Level { polite, .. } = self.moderation.level();
+        if polite != before.polite {
+            let _ = scheduling::wait_for_others(polite);
         }
     }
 }

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{BlockBackend, Completion, Event, Operation, Request, Signal};
 use super::metrics::{QueueMetrics, name};
+use super::moderation::Level;
 use super::poll::{self, Pace};
 use super::request::{Asked, ChainError, Parser, Range, STATUS_OK, status_of};
 use super::shared::Disk;
@@ -169,7 +170,7 @@ impl Worker {
             free: (0..depth).rev().collect(),
             sequence: 0,
             sync_after: None,
-            pace: Pace::new(),
+            pace: Pace::begin(),
             leaving: false,
             disk,
         };
@@ -195,17 +196,29 @@ impl Worker {
                 return Ok(());
             }
             let slept = next == Next::Sleep;
-            next = match self.pace.gather.rest(now) {
+            next = match self.gather(now) {
                 Some(rest) => Next::After(rest),
                 None => self.take_requests(now),
             };
             let came = u32::try_from(self.sequence - taken).unwrap_or(u32::MAX);
-            self.metrics.gathered.add(if self.pace.gather.is_on() { came.into() } else { 0 });
+            self.metrics.moderated.add(if self.pace.moderation.is_on() { came.into() } else { 0 });
             self.pace.turned(now, slept, done, came);
             if next == Next::Settle {
-                next = self.pace.gather.rest(now).map_or_else(|| self.settle(), |rest| Ok(Next::After(rest)))?;
+                next = self.gather(now).map_or_else(|| self.settle(), |rest| Ok(Next::After(rest)))?;
             }
         }
+    }
+
+    /// How long requests are still to gather, if they are; the driver kicks sooner if they have.
+    fn gather(&mut self, now: Instant) -> Option<Duration> {
+        let Level { goal, .. } = self.pace.moderation.level();
+        let active = self.active.as_mut().filter(|_| goal > 1)?;
+        let memory = Arc::clone(&active.map.1);
+        // What is wrong with the ring is found by who takes from it.
+        let waiting = active.ring.waiting(&memory).ok()?;
+        let rest = self.pace.moderation.rest(waiting, self.slots.len() - 1 - self.free.len(), now)?;
+        let there = active.ring.kick_after(&memory, goal).unwrap_or(true);
+        (!there).then_some(rest)
     }
 
     /// Looks for more work as long as that pays, then asks for kicks.
@@ -297,7 +310,7 @@ impl Worker {
     fn start(&mut self, start: Start) -> std::io::Result<()> {
         let Start { index, ring, kick, interrupt, memory, signals, flushes, again } = start;
         self.metrics.held.set(0);
-        self.pace = Pace::new();
+        self.pace = Pace::begin();
         self.backend.watch(Signal::Kick, Some(kick))?;
         let map = (0, memory.memory().into_inner());
         let (retired, broken, stopping) = (Vec::new(), false, false);

@@ -206,6 +206,15 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// How many chains [`Ring::next_head`] can take.
+    ///
+    /// # Errors
+    /// [`RingError`] if the driver made too many available.
+    pub fn waiting(&mut self, memory: &GuestMemoryMmap) -> Result<u16> {
+        self.read_available_index(memory)?;
+        Ok(self.available_index.wrapping_sub(self.next_available))
+    }
+
     /// Whether [`Ring::next_head`] has something to tell: a head, or what is wrong with the ring.
     #[must_use]
     pub fn is_available(&self, memory: &GuestMemoryMmap) -> bool {
@@ -338,6 +347,24 @@ impl Ring {
         fence(Ordering::SeqCst);
         self.read_available_index(memory)?;
         Ok(self.available_index != self.next_available)
+    }
+
+    /// Asks for a kick once `count` chains (at least one) are available; tells whether they are already, for which no kick
+    /// will come. A driver without EVENT_IDX is asked not to kick.
+    ///
+    /// # Errors
+    /// [`RingError`] if the available index is bad.
+    pub fn kick_after(&mut self, memory: &GuestMemoryMmap, count: u16) -> Result<bool> {
+        if self.event_idx {
+            let event = self.used + 4 + 8 * u64::from(self.size);
+            let last = self.next_available.wrapping_add(count.saturating_sub(1));
+            self.store(memory, event, last, Ordering::Relaxed)?;
+            self.kicks_wanted = true;
+            fence(Ordering::SeqCst);
+        } else {
+            self.disable_kicks(memory)?;
+        }
+        Ok(self.waiting(memory)? >= count)
     }
 
     fn load(&self, memory: &GuestMemoryMmap, address: u64, order: Ordering) -> Result<u16> {
