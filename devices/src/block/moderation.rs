@@ -182,7 +182,8 @@ impl Moderation {
     /// An episode is over.
     fn learn(&mut self, rate: f64) {
         let level = self.index();
-        let known = self.rates.get(level).copied().flatten();
+        // What a try gave long ago says nothing of today.
+        let known = self.rates.get(level).copied().flatten().filter(|_| self.tried.is_none());
         self.set_rate(level, known.map_or(rate, |known| known + (rate - known) * NEW));
         match self.tried {
             None => {
