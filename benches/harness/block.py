@@ -1,4 +1,4 @@
-"""fio in guests on disks of the host. All machines run, and are measured one after the other, in turn."""
+"""fio in guests on disks of the host. All machines are started, and measured one after the other, in turn; the others are stopped meanwhile."""
 
 import argparse
 import base64
@@ -108,12 +108,14 @@ def fio(load, queues, seconds):
 
 
 class Machine:
-    """A machine with its guest and disk, ready to be measured until it is closed."""
+    """A machine with its guest and disk, ready to be measured until it is closed. It runs only while it is measured: what some
+    cost when idle (QEMU's HPET ticks 250 times a second) would fall on the others."""
 
     def __init__(self, kind, path, queues, files):
         self.name = kind.name
         initrd = f"{files}/initrd-fio.img"
-        guest = machines.Guest(f"{files}/vmlinux", initrd, path, "agent", cpus=CPUS, queues=queues)
+        # a guest that was stopped has missed its watchdog's time
+        guest = machines.Guest(f"{files}/vmlinux", initrd, path, "agent", cmdline="nosoftlockup", cpus=CPUS, queues=queues)
         others = kvm_folders()
         self.running = Running(kind, guest)
         try:
@@ -123,6 +125,7 @@ class Machine:
             self.close()
             raise
         self.folder = next(iter(kvm_folders() - others), None)
+        self.running.halt()
 
     def close(self):
         self.running.__exit__()
@@ -132,6 +135,13 @@ class Machine:
 
     def measure(self, row, seconds):
         """Runs the load of a row once. fio tells operations and latencies, the host what they cost in the middle of the run."""
+        self.running.go_on()
+        try:
+            return self.load(row, seconds)
+        finally:
+            self.running.halt()
+
+    def load(self, row, seconds):
         self.agent.start(fio(row.load, row.queues, seconds + TRAIL))
         time.sleep(LEAD + TRAIL)
         before = self.usage()

@@ -58,6 +58,13 @@ class Running:
             if marker in self.output:
                 return now - self.started
 
+    def halt(self):
+        """Stops the whole process, until `go_on`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self):
+        self.process.send_signal(signal.SIGCONT)
+
     def type(self, text):
         """Types `text` on the serial port."""
         os.write(self.keyboard, text)
