@@ -135,8 +135,10 @@ pub struct Ring {
     /// The available index as it was read last.
     available_index: u16,
     next_used: u16,
-    /// `next_used` as the driver last saw it.
-    published: u16,
+    /// `next_used` as the driver can see it.
+    shown: u16,
+    /// `shown` when the driver's wish for interrupts was last looked at.
+    told: u16,
     kicks_wanted: bool,
 }
 
@@ -162,7 +164,8 @@ impl Ring {
             next_available,
             available_index: next_available,
             next_used,
-            published: next_used,
+            shown: next_used,
+            told: next_used,
             kicks_wanted: true,
             queue,
         })
@@ -303,12 +306,38 @@ impl Ring {
     /// # Errors
     /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
     pub fn publish(&mut self, memory: &GuestMemoryMmap) -> Result<bool> {
-        let (old, new) = (self.published, self.next_used);
+        self.show(memory)?;
+        self.wants_interrupt(memory)
+    }
+
+    /// Makes the used elements visible that were put since the last call, for a driver that is to be interrupted later.
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
+    pub fn show(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
+        if self.shown != self.next_used {
+            self.store(memory, self.used + 2, self.next_used, Ordering::Release)?;
+            self.shown = self.next_used;
+        }
+        Ok(())
+    }
+
+    /// Whether used elements were shown since [`Ring::wants_interrupt`] was last asked.
+    #[must_use]
+    pub fn is_untold(&self) -> bool {
+        self.shown != self.told
+    }
+
+    /// Whether the driver wants an interrupt for the used elements that were shown since this was last asked.
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
+    pub fn wants_interrupt(&mut self, memory: &GuestMemoryMmap) -> Result<bool> {
+        let (old, new) = (self.told, self.shown);
         if old == new {
             return Ok(false);
         }
-        self.store(memory, self.used + 2, new, Ordering::Release)?;
-        self.published = new;
+        self.told = new;
         // The index must be visible before the wish of the driver is read, or both sides wait for each other.
         fence(Ordering::SeqCst);
         if self.event_idx {
