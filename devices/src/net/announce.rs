@@ -4,7 +4,6 @@
 use std::time::{Duration, Instant};
 
 use super::filter::Mac;
-use super::tap::HEADER_SIZE;
 
 /// How often it is told.
 const ROUNDS: u32 = 5;
@@ -12,8 +11,6 @@ const FIRST: Duration = Duration::from_millis(50);
 const STEP: Duration = Duration::from_millis(100);
 /// The shortest Ethernet frame, without its checksum.
 const SHORTEST: usize = 60;
-/// A reverse-ARP request with the virtio header before it.
-pub(super) const FRAME: usize = HEADER_SIZE + SHORTEST;
 
 /// The rounds that are left of an announcement.
 #[derive(Debug, Clone, Copy)]
@@ -41,11 +38,10 @@ impl Rounds {
     }
 }
 
-/// A reverse-ARP request (RFC 903) of `mac` for itself, to everybody.
-pub(super) fn rarp(mac: Mac) -> [u8; FRAME] {
-    let mut frame = [0; FRAME];
-    let parts: [&[u8]; 8] = [
-        &[0; HEADER_SIZE],
+/// A reverse-ARP request (RFC 903) of `mac` for itself, to everybody, behind a virtio header of `header` bytes.
+pub(super) fn rarp(mac: Mac, header: usize) -> Vec<u8> {
+    let mut frame = vec![0; header + SHORTEST];
+    let parts: [&[u8]; 7] = [
         &[0xff; 6],
         &mac,
         &[0x80, 0x35],                // RARP
@@ -54,7 +50,7 @@ pub(super) fn rarp(mac: Mac) -> [u8; FRAME] {
         &[0; 4],
         &mac,
     ];
-    for (place, byte) in frame.iter_mut().zip(parts.into_iter().flatten()) {
+    for (place, byte) in frame.iter_mut().skip(header).zip(parts.into_iter().flatten()) {
         *place = *byte;
     }
     frame
@@ -79,9 +75,9 @@ mod tests {
     #[test]
     fn the_frame_asks_everybody_for_the_address_of_the_guest_itself() {
         let mac = [0x52, 0x54, 0, 1, 2, 3];
-        let frame = rarp(mac);
-        let (header, frame) = frame.split_at(HEADER_SIZE);
-        assert_eq!(header, [0; HEADER_SIZE]);
+        let frame = rarp(mac, 12);
+        let (header, frame) = frame.split_at(12);
+        assert_eq!(header, [0; 12]);
         assert_eq!(frame.len(), 60);
         assert_eq!((&frame[..6], &frame[6..12], &frame[12..14]), (&[0xff; 6][..], &mac[..], &[0x80, 0x35][..]));
         assert_eq!(frame[14..22], [0, 1, 8, 0, 6, 4, 0, 3]);

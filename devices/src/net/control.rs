@@ -1,10 +1,12 @@
-//! The control queue (virtio 1.2 §5.1.6.5). What is accepted is obeyed; everything else is answered with an error.
+//! The control queue (virtio 1.3 §5.1.6.5). What is accepted is obeyed; everything else is answered with an error.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::coalescing::{Coalescing, Queues};
 use super::features::{self, GUEST_OFFLOADS};
 use super::filter::{Change, Mac, Mode};
 use super::lane::Lane;
+use super::steering::config::{HashConfig, RssConfig};
 use crate::metrics::Counter;
 use crate::virtio::StoppedQueue;
 use crate::virtio::ring::{Chain, RingError};
@@ -22,8 +24,15 @@ const CLASS_ANNOUNCE: u8 = 3;
 const ANNOUNCE_ACK: u8 = 0;
 const CLASS_MQ: u8 = 4;
 const MQ_VQ_PAIRS_SET: u8 = 0;
+const MQ_RSS_CONFIG: u8 = 1;
+const MQ_HASH_CONFIG: u8 = 2;
 const CLASS_GUEST_OFFLOADS: u8 = 5;
 const GUEST_OFFLOADS_SET: u8 = 0;
+const CLASS_NOTF_COAL: u8 = 6;
+const NOTF_COAL_TX_SET: u8 = 0;
+const NOTF_COAL_RX_SET: u8 = 1;
+const NOTF_COAL_VQ_SET: u8 = 2;
+const NOTF_COAL_VQ_GET: u8 = 3;
 /// The longest command has tables of addresses, 2700 of them here: what does not fit is refused unread.
 const LONGEST: usize = 16 << 10;
 /// Commands per turn.
@@ -40,6 +49,25 @@ pub(super) enum Command {
     Filter(Change),
     /// The request to announce the card was heard.
     Announced,
+    /// Steer frames like this, with hashes like this.
+    Steer(RssConfig),
+    /// Tell hashes like this, and leave steering to the kernel.
+    Hash(HashConfig),
+    /// Hold interrupts of these queues back.
+    Coalesce(Queues, Coalescing),
+    /// Tell how interrupts of this queue are held back.
+    TellCoalescing(u16),
+}
+
+impl Command {
+    /// Whether the queues that it speaks of are among those `enabled`.
+    fn fits(&self, enabled: &[u16]) -> bool {
+        match self {
+            Self::Steer(config) => config.receivers().all(|pair| enabled.contains(&pair.saturating_mul(2))),
+            Self::Coalesce(Queues::One(queue), _) | Self::TellCoalescing(queue) => enabled.contains(queue),
+            _ => true,
+        }
+    }
 }
 
 /// What became of a command.
@@ -47,6 +75,8 @@ pub(super) enum Command {
 pub(super) enum Outcome {
     Done,
     Refused,
+    /// Done, and this is what the driver asked for.
+    Told(Coalescing),
     /// Not in force yet: [`Control::finish`] is called when it is.
     Waiting,
 }
@@ -80,9 +110,34 @@ pub(super) fn parse(data: &[u8], features: u64, max_pairs: u16) -> Option<Comman
             let pairs = u16::from_le_bytes([*low, *high]);
             (1..=max_pairs).contains(&pairs).then_some(Command::Pairs(pairs))
         }
+        [CLASS_MQ, MQ_RSS_CONFIG, config @ ..] if has(features::RSS) => {
+            RssConfig::parse(config, max_pairs).map(Command::Steer)
+        }
+        [CLASS_MQ, MQ_HASH_CONFIG, config @ ..] if has(features::HASH_REPORT) => {
+            HashConfig::parse(config).map(Command::Hash)
+        }
         [CLASS_GUEST_OFFLOADS, GUEST_OFFLOADS_SET, rest @ ..] if has(features::CTRL_GUEST_OFFLOADS) => {
             let offloads = u64::from_le_bytes(rest.try_into().ok()?);
             (offloads & !(features & GUEST_OFFLOADS) == 0).then_some(Command::Offloads(offloads))
+        }
+        [CLASS_NOTF_COAL, command, rest @ ..] => coalescing(*command, rest, features),
+        _ => None,
+    }
+}
+
+/// A command about interrupts that are held back (§5.1.6.5.9). Reserved fields are ignored, as they have to be.
+fn coalescing(command: u8, data: &[u8], features: u64) -> Option<Command> {
+    let of_all = features & features::bit(features::NOTF_COAL) != 0;
+    let of_one = features & features::bit(features::VQ_NOTF_COAL) != 0;
+    let parameters = |data: &[u8]| data.try_into().ok().map(Coalescing::from_bytes);
+    match (command, data) {
+        (NOTF_COAL_TX_SET, data) if of_all => Some(Command::Coalesce(Queues::Transmit, parameters(data)?)),
+        (NOTF_COAL_RX_SET, data) if of_all => Some(Command::Coalesce(Queues::Receive, parameters(data)?)),
+        (NOTF_COAL_VQ_SET, [low, high, _, _, data @ ..]) if of_one => {
+            Some(Command::Coalesce(Queues::One(u16::from_le_bytes([*low, *high])), parameters(data)?))
+        }
+        (NOTF_COAL_VQ_GET, [low, high, _, _]) if of_one => {
+            Some(Command::TellCoalescing(u16::from_le_bytes([*low, *high])))
         }
         _ => None,
     }
@@ -97,35 +152,33 @@ fn table(data: &[u8]) -> Option<(Vec<Mac>, &[u8])> {
     Some((addresses.collect(), rest))
 }
 
-/// Where the answer to a command goes.
-#[derive(Clone, Copy)]
-struct Answer {
-    head: u16,
-    place: Option<u64>,
-}
-
 /// The control queue.
 pub(super) struct Control {
     pub(super) lane: Lane,
+    /// The command that is being read or waits.
     chain: Chain,
     /// The command that is being read.
     data: Vec<u8>,
     features: u64,
     max_pairs: u16,
+    /// Receive and transmit queues that the driver has enabled.
+    enabled: Vec<u16>,
     interrupts: Counter,
-    waiting: Option<Answer>,
+    /// The head of the command that waits.
+    waiting: Option<u16>,
     pub(super) pending: bool,
     broken: bool,
 }
 
 impl Control {
-    pub(super) fn new(lane: Lane, features: u64, max_pairs: u16) -> Self {
+    pub(super) fn new(lane: Lane, features: u64, max_pairs: u16, enabled: Vec<u16>) -> Self {
         Self {
             chain: Chain::with_capacity(lane.ring.chain_limit().into()),
             lane,
             data: Vec::new(),
             features,
             max_pairs,
+            enabled,
             interrupts: Counter::default(),
             waiting: None,
             pending: true,
@@ -157,13 +210,13 @@ impl Control {
                 return Ok(false);
             };
             self.lane.ring.walk(memory, head, &mut self.chain)?;
-            let answer = Answer { head, place: self.chain.writable().first().map(|piece| piece.address) };
-            let outcome = self.read(memory, head)?.map_or(Outcome::Refused, &mut *obey);
-            match outcome {
-                Outcome::Done => self.answer(memory, answer, OK)?,
-                Outcome::Refused => self.answer(memory, answer, ERR)?,
+            let command = self.read(memory, head)?.filter(|command| command.fits(&self.enabled));
+            match command.map_or(Outcome::Refused, &mut *obey) {
+                Outcome::Done => self.answer(memory, head, &[OK])?,
+                Outcome::Refused => self.answer(memory, head, &[ERR])?,
+                Outcome::Told(coalescing) => self.tell(memory, head, coalescing)?,
                 Outcome::Waiting => {
-                    self.waiting = Some(answer);
+                    self.waiting = Some(head);
                     return Ok(false);
                 }
             }
@@ -190,20 +243,35 @@ impl Control {
 
     /// Answers the command that waited.
     pub(super) fn finish(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
-        let Some(answer) = self.waiting.take() else { return Ok(()) };
-        let result = self.answer(memory, answer, OK);
+        let Some(head) = self.waiting.take() else { return Ok(()) };
+        let result = self.answer(memory, head, &[OK]);
         self.broken |= result.is_err();
         result
     }
 
-    fn answer(&mut self, memory: &GuestMemoryMmap, answer: Answer, status: u8) -> Result<(), RingError> {
-        let mut written = 0;
-        if let Some(address) = answer.place {
-            let unmapped = RingError::Unmapped { head: answer.head, address };
-            memory.write_slice(&[status], GuestAddress(address)).map_err(|_| unmapped)?;
-            written = 1;
+    /// Answers with the parameters, if there is room for them.
+    fn tell(&mut self, memory: &GuestMemoryMmap, head: u16, coalescing: Coalescing) -> Result<(), RingError> {
+        let answer = [&[OK][..], &coalescing.to_bytes()].concat();
+        let room = self.chain.writable().iter().fold(0, |room: u32, piece| room.saturating_add(piece.length));
+        let fits = usize::try_from(room).is_ok_and(|room| room >= answer.len());
+        self.answer(memory, head, if fits { &answer } else { &[ERR] })
+    }
+
+    /// Writes `answer` into the chain at `head`, which was walked last: the status, and what follows it.
+    fn answer(&mut self, memory: &GuestMemoryMmap, head: u16, answer: &[u8]) -> Result<(), RingError> {
+        let (mut written, mut left) = (0, answer);
+        for piece in self.chain.writable() {
+            let length = left.len().min(usize::try_from(piece.length).unwrap_or(usize::MAX));
+            let (now, later) = left.split_at(length);
+            let unmapped = RingError::Unmapped { head, address: piece.address };
+            memory.write_slice(now, GuestAddress(piece.address)).map_err(|_| unmapped)?;
+            written += u32::try_from(length).unwrap_or(0);
+            left = later;
+            if left.is_empty() {
+                break;
+            }
         }
-        self.lane.ring.put_used(memory, answer.head, written)?;
+        self.lane.ring.put_used(memory, head, written)?;
         self.lane.flush(memory, &self.interrupts)
     }
 

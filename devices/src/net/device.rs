@@ -11,9 +11,12 @@ use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::features::{self, GUEST_OFFLOADS};
+use super::features::{self, bit};
 use super::lane::Lane;
 use super::shared::{CardOptions, Shared};
+use super::steering::config::TABLE_LENGTH;
+use super::steering::hash::KEY_LENGTH;
+use super::steering::{Steering, flow};
 use super::tap::{MAX_QUEUES, Tap};
 use super::worker::{Message, Start, Worker};
 use crate::limiter::Limits;
@@ -49,6 +52,9 @@ pub struct NetOptions {
     pub link_up: bool,
     /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
     pub antispoof: bool,
+    /// Whether the guest may say which pair receives a frame, and is told the hash that says so: RSS and HASH_REPORT. Needs
+    /// several queue pairs, and CAP_BPF (CAP_SYS_ADMIN before Linux 5.8) while the card is made.
+    pub rss: bool,
     /// What the guest may receive per second: what exceeds it waits in the tap, which drops what it cannot hold.
     pub rx_limits: Limits,
     /// What the guest may send per second: what exceeds it waits in its ring.
@@ -102,6 +108,19 @@ pub enum NetError {
         mtu: u16,
         /// The tap's.
         largest: u32,
+    },
+    /// RSS on a card with one queue pair.
+    #[error("NIC {0}: RSS chooses between queue pairs, and the NIC has one: give it more, or leave RSS out")]
+    RssPairs(String),
+    /// The host does not let a program of ours steer frames.
+    #[error(
+        "NIC {id}: the kernel refused the program that steers frames for RSS: {error}; it needs CAP_BPF and Linux 5.11 or newer: start with that capability, or leave RSS out"
+    )]
+    Steering {
+        /// The card.
+        id: String,
+        /// The kernel's answer.
+        error: io::Error,
     },
     /// The host refused a descriptor or a thread.
     #[error(
@@ -213,7 +232,8 @@ impl VirtioNet {
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, NetError> {
         check(&options)?;
-        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof, rx_limits, tx_limits } =
+        let features = offered(&options);
+        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof, rss, rx_limits, tx_limits } =
             options;
         let host = |action| {
             let id = id.clone();
@@ -222,8 +242,9 @@ impl VirtioNet {
         let wake = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let wakes: io::Result<Vec<EventFd>> = (0..queue_pairs).map(|_| wake()).collect();
         let wakes = wakes.map_err(host("make an eventfd"))?;
-        let features = offered(&tap, queue_pairs, mtu);
-        let card = CardOptions { id: id.clone(), mac, antispoof, link_up, rx_limits, tx_limits };
+        let steering = rss.then(Steering::new).transpose();
+        let steering = steering.map_err(|error| NetError::Steering { id: id.clone(), error })?;
+        let card = CardOptions { id: id.clone(), mac, antispoof, link_up, rx_limits, tx_limits, steering };
         let shared = Arc::new(Shared::new(card, tap, wakes, notifier));
         let mut queue_sizes = vec![queue_size; usize::from(queue_pairs) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -252,16 +273,22 @@ impl VirtioNet {
     fn config(&self) -> [u8; 24] {
         let link = u16::from(self.shared.link_up.load(Ordering::SeqCst));
         let announce = u16::from(self.shared.announcing.load(Ordering::SeqCst)) << 1;
-        let (_, filter) = self.shared.filter();
+        let (_, filter) = self.shared.filter.get();
         let mac = filter.mac();
         let mut config = [0; 24];
-        let fields: [(usize, &[u8]); 6] = [
+        let rss = self.features & bit(features::RSS) != 0;
+        let length = |length: usize| if rss { u16::try_from(length).unwrap_or(u16::MAX) } else { 0 }.to_le_bytes();
+        let [key_length, _] = length(KEY_LENGTH);
+        let fields: [(usize, &[u8]); 9] = [
             (0, &mac),
             (6, &(link | announce).to_le_bytes()),
             (8, &self.shared.max_pairs().to_le_bytes()),
             (10, &self.mtu.to_le_bytes()),
             (12, &SPEED.to_le_bytes()),
             (16, &[FULL_DUPLEX]),
+            (17, &[key_length]),
+            (18, &length(TABLE_LENGTH)),
+            (20, &if rss { flow::SUPPORTED } else { 0 }.to_le_bytes()),
         ];
         for (offset, value) in fields {
             for (to, from) in config.iter_mut().skip(offset).zip(value) {
@@ -273,7 +300,8 @@ impl VirtioNet {
 
     /// Sorts the driver's queues by worker (§5.1.2): the control queue comes after as many pairs as the driver can use.
     fn lanes(&mut self, activation: &mut Activation) -> Result<Vec<Start>, StartError> {
-        let pairs = if activation.has(features::MQ) { self.workers.len() } else { 1 };
+        let several = activation.has(features::MQ) || activation.has(features::RSS);
+        let pairs = if several { self.workers.len() } else { 1 };
         let fresh = self.fresh;
         let pairs_generation = self.shared.pairs_generation.load(Ordering::SeqCst);
         let mut starts: Vec<Start> = self
@@ -285,6 +313,7 @@ impl VirtioNet {
                 rx: None,
                 tx: None,
                 control: None,
+                enabled: Vec::new(),
                 signals: Arc::clone(&activation.signals),
                 fresh,
                 pairs_generation,
@@ -310,6 +339,11 @@ impl VirtioNet {
                 Some(_) => return Err(StartError::Queue { index, reason: "it was given twice".to_owned() }),
                 None => self.idle.push(StoppedQueue { index, state: queue.queue.state() }),
             }
+        }
+        let lanes = starts.iter().flat_map(|start| [&start.rx, &start.tx]).flatten();
+        let enabled = lanes.map(|lane| lane.index).collect();
+        if let Some(first) = starts.first_mut() {
+            first.enabled = enabled;
         }
         Ok(starts)
     }
@@ -360,9 +394,7 @@ impl VirtioDevice for VirtioNet {
         }
         let starts = self.lanes(&mut activation)?;
         if self.fresh {
-            self.shared.pairs.store(1, Ordering::SeqCst);
-            self.shared.offloads.store(activation.features & GUEST_OFFLOADS, Ordering::SeqCst);
-            self.shared.forget_filter(activation.has(features::CTRL_VLAN));
+            self.shared.forget_driver(activation.features);
         }
         self.shared.pairs_waiting.store(0, Ordering::SeqCst);
         let signals: Weak<dyn TransportSignals> = Arc::downgrade(&activation.signals);
@@ -407,10 +439,8 @@ impl VirtioDevice for VirtioNet {
 
     fn reset(&mut self) {
         self.fresh = true;
-        self.shared.pairs.store(1, Ordering::SeqCst);
-        self.shared.offloads.store(0, Ordering::SeqCst);
         self.shared.announcing.store(false, Ordering::SeqCst);
-        self.shared.forget_filter(false);
+        self.shared.forget_driver(0);
     }
 
     fn metrics(&self) -> Arc<dyn MetricSource> {
@@ -437,7 +467,7 @@ impl Drop for VirtioNet {
     }
 }
 
-fn offered(tap: &Tap, queue_pairs: u16, mtu: Option<u16>) -> u64 {
+fn offered(options: &NetOptions) -> u64 {
     use features::*;
     let mut offered = [
         CSUM,
@@ -458,18 +488,23 @@ fn offered(tap: &Tap, queue_pairs: u16, mtu: Option<u16>) -> u64 {
         CTRL_RX_EXTRA,
         GUEST_ANNOUNCE,
         CTRL_MAC_ADDR,
+        VQ_NOTF_COAL,
+        NOTF_COAL,
         SPEED_DUPLEX,
     ]
     .into_iter()
     .fold(0, |all, feature| all | bit(feature));
-    if tap.has_uso() {
+    if options.tap.has_uso() {
         offered |= bit(HOST_USO) | bit(GUEST_USO4) | bit(GUEST_USO6);
     }
-    if mtu.is_some() {
+    if options.mtu.is_some() {
         offered |= bit(MTU);
     }
-    if queue_pairs > 1 {
+    if options.queue_pairs > 1 {
         offered |= bit(MQ);
+    }
+    if options.rss {
+        offered |= bit(RSS) | bit(HASH_REPORT);
     }
     offered
 }
@@ -485,6 +520,9 @@ fn check(options: &NetOptions) -> Result<(), NetError> {
     let (pairs, queues) = (options.queue_pairs, options.tap.queues());
     if pairs != queues || !(1..=MAX_QUEUES).contains(&pairs) {
         return Err(NetError::QueuePairs { id: id(), tap: tap(), pairs, queues });
+    }
+    if options.rss && pairs == 1 {
+        return Err(NetError::RssPairs(id()));
     }
     let size = options.queue_size;
     if !size.is_power_of_two() || !(16..=32768).contains(&size) {

@@ -42,12 +42,20 @@ pub const GUEST_ANNOUNCE: u32 = 21;
 pub const MQ: u32 = 22;
 /// The driver may change the MAC address.
 pub const CTRL_MAC_ADDR: u32 = 23;
+/// The driver says for each queue how long its interrupts are held back (virtio 1.3).
+pub const VQ_NOTF_COAL: u32 = 52;
+/// The driver says how long interrupts are held back (virtio 1.3).
+pub const NOTF_COAL: u32 = 53;
 /// Driver takes USOv4.
 pub const GUEST_USO4: u32 = 54;
 /// Driver takes USOv6.
 pub const GUEST_USO6: u32 = 55;
 /// Device takes USO.
 pub const HOST_USO: u32 = 56;
+/// A received frame has its hash in its header, which is longer then.
+pub const HASH_REPORT: u32 = 57;
+/// The driver says which queue receives a frame.
+pub const RSS: u32 = 60;
 /// The configuration space holds speed and duplex.
 pub const SPEED_DUPLEX: u32 = 63;
 

@@ -1,8 +1,11 @@
 //! One queue of the card as its worker has it.
 
+use std::time::Instant;
+
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::coalescing::Coalescing;
 use crate::interrupt::QueueInterrupt;
 use crate::metrics::Counter;
 use crate::virtio::ring::{Ring, RingError};
@@ -14,6 +17,12 @@ pub(super) struct Lane {
     pub(super) ring: Ring,
     pub(super) kick: EventFd,
     interrupt: QueueInterrupt,
+    /// Frames since the driver was last told of any.
+    frames: u32,
+    /// When the first of them was shown.
+    since: Option<Instant>,
+    /// When the interrupt for them is due.
+    pub(super) due: Option<Instant>,
 }
 
 impl Lane {
@@ -21,18 +30,47 @@ impl Lane {
     pub(super) fn new(queue: ActiveQueue, indirect: bool, memory: &GuestMemoryMmap) -> Result<Self, StartError> {
         let ActiveQueue { index, queue, kick, interrupt } = queue;
         match Ring::new(queue, indirect, memory) {
-            Ok(ring) => Ok(Self { index, ring, kick, interrupt }),
+            Ok(ring) => Ok(Self { index, ring, kick, interrupt, frames: 0, since: None, due: None }),
             Err(error) => Err(StartError::Queue { index, reason: error.to_string() }),
         }
     }
 
-    /// Shows the driver what was used and interrupts it if it wants that.
+    /// A frame was put into the ring, or taken out of it.
+    pub(super) fn count_frame(&mut self) {
+        self.frames = self.frames.saturating_add(1);
+    }
+
+    /// Shows the driver what was used and interrupts it at once if it wants that.
     pub(super) fn flush(&mut self, memory: &GuestMemoryMmap, interrupts: &Counter) -> Result<(), RingError> {
+        (self.frames, self.since, self.due) = (0, None, None);
         if self.ring.publish(memory)? {
             interrupts.increment();
             self.interrupt.trigger();
         }
         Ok(())
+    }
+
+    /// Shows the driver what was used, and interrupts it as soon as `coalescing` says.
+    pub(super) fn settle(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        coalescing: Coalescing,
+        now: Instant,
+        interrupts: &Counter,
+    ) -> Result<(), RingError> {
+        self.ring.show(memory)?;
+        if !self.ring.is_untold() {
+            return Ok(());
+        }
+        // As many as the ring holds are all that the driver can wait for.
+        let frames = if self.frames >= self.ring.size().into() { u32::MAX } else { self.frames };
+        match coalescing.until(frames, *self.since.get_or_insert(now)) {
+            Some(due) if due > now => {
+                self.due = Some(due);
+                Ok(())
+            }
+            _ => self.flush(memory, interrupts),
+        }
     }
 
     /// The queue's positions, to go on from later.

@@ -2,19 +2,23 @@
 //!
 //! [`device::VirtioNet`] is what the transport sees; it owns one worker thread per queue pair and sends them messages. A
 //! worker (`worker`) waits in epoll for its commands, its rings and its queue of the tap, and runs the two halves of the data
-//! path, `rx` and `tx`; the first one also answers the control queue (`control`). The data path is the only part that knows
-//! how frames travel: another one (vhost-net) takes the place of `rx` and `tx` in a worker, with the same features, control
+//! path, `rx` and `tx`; the first one also answers the control queue (`control`, `obey`). Which pair receives a frame is for the kernel to say, as
+//! the driver told it (`steering`). The data path is the only part that knows how frames travel: another one (vhost-net) takes the place of `rx` and `tx` in a worker, with the same features, control
 //! queue and lifecycle before it.
 
 mod announce;
+mod coalescing;
 mod control;
 mod counters;
 pub mod device;
 pub mod features;
 mod filter;
 mod lane;
+mod obey;
 mod rx;
+mod setting;
 mod shared;
+mod steering;
 mod sys;
 pub mod tap;
 #[cfg(test)]
@@ -29,10 +33,10 @@ pub use tap::{Tap, TapError};
 
 /// Ethernet header with two VLAN tags.
 const ETHERNET: usize = 14 + 8;
-/// The largest frame, with its header: 64 KiB of IP packet (virtio 1.2 §5.1.6.3.1) and VLAN tags.
-const MAX_FRAME: usize = tap::HEADER_SIZE + ETHERNET + 65535;
+/// The largest frame, without its header: 64 KiB of IP packet (virtio 1.2 §5.1.6.3.1) and VLAN tags.
+const MAX_FRAME: usize = ETHERNET + 65535;
 /// The smallest: the kernel refuses less than an Ethernet header.
-const MIN_FRAME: usize = tap::HEADER_SIZE + 14;
+const MIN_FRAME: usize = 14;
 
 /// Whether a tap that gives this error is down or gone, rather than at odds with one frame.
 fn is_tap_failure(error: &io::Error) -> bool {

@@ -13,8 +13,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::counters::PairCounters;
 use super::filter::LOOKED_AT;
 use super::lane::Lane;
+use super::steering::flow;
 use super::sys::{MAX_SEGMENTS, Segments};
-use super::tap::HEADER_SIZE;
+use super::tap::HASH_HEADER_SIZE;
 use super::worker::Context;
 use super::{MAX_FRAME, features};
 use crate::limiter::THROTTLE_SLICE;
@@ -29,7 +30,7 @@ const TURN_BYTES: usize = 256 << 10;
 const TURN_CHAINS: u32 = 1024;
 /// Segments of guest RAM per `readv`; one more is for the spill.
 const SEGMENTS: usize = MAX_SEGMENTS - 1;
-/// Offset of `num_buffers` in the header (virtio 1.2 §5.1.6).
+/// Offset of `num_buffers` in the header (virtio 1.2 §5.1.6); the fields of hashes follow it.
 const NUM_BUFFERS: usize = 10;
 
 /// A chain that was taken and waits for a frame.
@@ -87,7 +88,7 @@ impl Rx {
             segments: Segments::with_capacity(2 * MAX_SEGMENTS),
             places: Vec::with_capacity(2 * MAX_SEGMENTS),
             capacity: 0,
-            spill: vec![0; MAX_FRAME].into_boxed_slice(),
+            spill: vec![0; HASH_HEADER_SIZE + MAX_FRAME].into_boxed_slice(),
             spilled: None,
             readable: true,
             throttled: None,
@@ -99,25 +100,24 @@ impl Rx {
     /// Delivers what the tap has, up to the limits of a turn; says whether there is more to do at once.
     pub(super) fn service(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
         self.throttled = None;
-        if self.broken || !(self.readable || self.spilled.is_some()) {
+        if self.broken {
+            return Ok(false);
+        }
+        let result = self.receive(context);
+        let settled = context.settle(&mut self.lane, &context.counters.rx_interrupts, result.is_err());
+        let result = result.and_then(|more| settled.map(|()| more));
+        self.broken = result.is_err();
+        result
+    }
+
+    fn receive(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
+        if !(self.readable || self.spilled.is_some()) {
             return Ok(false);
         }
         if !context.link_up {
             return Ok(self.discard(context, &context.counters.rx_drops.link_down));
         }
-        let result = self.lane.ring.disable_kicks(context.memory).and_then(|()| self.receive(context));
-        // What was done before a broken chain is done.
-        let flushed = self.flush(context);
-        let result = result.and_then(|more| flushed.map(|()| more));
-        self.broken = result.is_err();
-        result
-    }
-
-    fn flush(&mut self, context: &Context<'_>) -> Result<(), RingError> {
-        self.lane.flush(context.memory, &context.counters.rx_interrupts)
-    }
-
-    fn receive(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
+        self.lane.ring.disable_kicks(context.memory)?;
         let (mut frames, mut bytes, mut chains) = (0, 0, TURN_CHAINS);
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
             match self.make_room(context, &mut chains)? {
@@ -125,7 +125,7 @@ impl Rx {
                 Room::Later => return Ok(true),
                 Room::None => {
                     // The driver may wait for the frames so far before it gives more buffers.
-                    self.flush(context)?;
+                    self.lane.flush(context.memory, &context.counters.rx_interrupts)?;
                     if self.lane.ring.enable_kicks(context.memory)? {
                         self.lane.ring.disable_kicks(context.memory)?;
                         frames += 1;
@@ -200,7 +200,7 @@ impl Rx {
             })?;
         }
         let count = self.segments.len() - before;
-        if self.chain.readable().is_empty() && bytes >= HEADER_SIZE && count <= SEGMENTS {
+        if self.chain.readable().is_empty() && bytes >= context.header && count <= SEGMENTS {
             self.held.push_back(Held { head, segments: count, bytes });
             self.capacity = self.capacity.saturating_add(bytes);
             return Ok(());
@@ -218,7 +218,7 @@ impl Rx {
             return None;
         }
         let total = self.read(context)?;
-        let bytes = u64::try_from(total.saturating_sub(HEADER_SIZE)).unwrap_or(u64::MAX);
+        let bytes = u64::try_from(total.saturating_sub(context.header)).unwrap_or(u64::MAX);
         context.shared.rx_limiter.charge(bytes, context.now);
         Some(total)
     }
@@ -231,7 +231,7 @@ impl Rx {
             _ => (SEGMENTS, self.places.iter().take(SEGMENTS).map(|(_, length)| length).sum()),
         };
         let total = self.read_into(context, count)?;
-        if total < HEADER_SIZE {
+        if total < context.header {
             // No tap does this.
             context.counters.rx_drops.tap_error.increment();
             self.readable = false;
@@ -281,18 +281,21 @@ impl Rx {
 
     /// Completes the header of the frame in the first held chains and gives them to the driver.
     fn deliver(&mut self, context: &Context<'_>, total: usize) -> Result<(), RingError> {
-        if total < HEADER_SIZE {
+        if total < context.header {
             return Ok(());
         }
-        let mut head = [0; HEADER_SIZE + LOOKED_AT];
-        let known = head.get_mut(..total.min(HEADER_SIZE + LOOKED_AT)).unwrap_or_default();
+        let mut head = [0; HASH_HEADER_SIZE + flow::LOOKED_AT];
+        let looked_at = if context.hasher.is_some() { flow::LOOKED_AT } else { LOOKED_AT };
+        let known = head.get_mut(..total.min(context.header + looked_at)).unwrap_or_default();
+        let length = known.len();
         read_at(&self.places, context.memory, 0, known)?;
-        let [flags, gso_type, _, _, _, _, _, _, _, _, _, _, start @ ..] = head;
+        let [flags, gso_type, ..] = head;
+        let frame = head.get(context.header..).unwrap_or_default();
         if !features::takes(context.offloads, flags, gso_type) {
             context.counters.rx_drops.offload.increment();
             return Ok(());
         }
-        if !context.filter.accepts(&start) {
+        if !frame.first_chunk().is_some_and(|start| context.filter.accepts(start)) {
             context.counters.rx_drops.filtered.increment();
             return Ok(());
         }
@@ -304,8 +307,15 @@ impl Rx {
                 break;
             }
         }
-        // The tap leaves this field as it was (§5.1.6.4.1: one without MRG_RXBUF).
-        write_at(&self.places, context.memory, NUM_BUFFERS, &chains.to_le_bytes())?;
+        let frame = head.get(context.header..length).unwrap_or_default();
+        let (hash, report) = context.hasher.map_or((0, 0), |hasher| hasher.report(frame));
+        let [n0, n1] = chains.to_le_bytes();
+        let [h0, h1, h2, h3] = hash.to_le_bytes();
+        let [r0, r1] = report.to_le_bytes();
+        // The tap leaves these fields as they were (§5.1.6.4.1: one buffer without MRG_RXBUF). The last two bytes are padding.
+        let rest = [n0, n1, h0, h1, h2, h3, r0, r1, 0, 0];
+        let rest = rest.get(..context.header - NUM_BUFFERS).unwrap_or_default();
+        write_at(&self.places, context.memory, NUM_BUFFERS, rest)?;
         let (mut left, mut segments) = (total, 0);
         for held in self.held.drain(..usize::from(chains)) {
             let used = left.min(held.bytes);
@@ -314,10 +324,11 @@ impl Rx {
             self.capacity = self.capacity.saturating_sub(held.bytes);
             self.lane.ring.put_used(context.memory, held.head, u32::try_from(used).unwrap_or(u32::MAX))?;
         }
+        self.lane.count_frame();
         self.segments.remove_front(segments);
         self.places.drain(..segments);
         context.counters.rx_packets.increment();
-        context.counters.rx_bytes.add(u64::try_from(total - HEADER_SIZE).unwrap_or(0));
+        context.counters.rx_bytes.add(u64::try_from(total - context.header).unwrap_or(0));
         Ok(())
     }
 

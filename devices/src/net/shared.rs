@@ -6,10 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::coalescing::{Coalescing, CoalescingTable, Queues};
 use super::control::Command;
 use super::counters::PairCounters;
+use super::features::{CTRL_VLAN, GUEST_OFFLOADS, bit, tap_offload};
 use super::filter::{Filter, Mac};
-use super::tap::{HEADER_SIZE, Tap};
+use super::setting::Setting;
+use super::steering::Steering;
+use super::steering::hash::Hasher;
+use super::tap::Tap;
 use super::{ETHERNET, MAX_FRAME};
 use crate::limiter::{Limiter, Limits};
 use crate::metrics::{MetricSource, Sample};
@@ -20,7 +25,7 @@ pub(super) struct Shared {
     pub(super) id: String,
     pub(super) tap: Tap,
     pub(super) counters: Vec<PairCounters>,
-    /// Bytes of the largest frame that no offload makes larger, with its header.
+    /// Bytes of the largest frame that no offload makes larger, without its header.
     pub(super) plain_frame: usize,
     /// Wakes each worker, to look at its commands and at what is below.
     pub(super) wakes: Vec<EventFd>,
@@ -29,10 +34,16 @@ pub(super) struct Shared {
     pub(super) purges: AtomicU64,
     /// Offloads that the driver takes: feature bits. Set by the first worker.
     pub(super) offloads: AtomicU64,
-    /// What the driver wants to receive. Set by the first worker.
-    filter: Mutex<Arc<Filter>>,
-    /// Grows with each change of `filter`.
-    filter_generation: AtomicU64,
+    /// What the driver wants to receive.
+    pub(super) filter: Setting<Filter>,
+    /// How long interrupts are held back.
+    pub(super) coalescing: CoalescingTable,
+    /// The hashes that the driver wants to hear of.
+    pub(super) hasher: Setting<Option<Hasher>>,
+    /// What chooses the queues of frames, on a card that offers RSS.
+    pub(super) steering: Option<Steering>,
+    /// Whether it does, rather than the kernel alone. Set by the first worker.
+    pub(super) steered: AtomicBool,
     /// The address that the card has by its configuration.
     pub(super) mac: Mac,
     /// Drop what the driver sends under another address.
@@ -68,24 +79,28 @@ pub(super) struct CardOptions {
     pub(super) link_up: bool,
     pub(super) rx_limits: Limits,
     pub(super) tx_limits: Limits,
+    pub(super) steering: Option<Steering>,
 }
 
 impl Shared {
     pub(super) fn new(card: CardOptions, tap: Tap, wakes: Vec<EventFd>, notifier: Arc<dyn DeviceNotifier>) -> Self {
-        let CardOptions { id, mac, antispoof, link_up, rx_limits, tx_limits } = card;
+        let CardOptions { id, mac, antispoof, link_up, rx_limits, tx_limits, steering } = card;
         // The tap's MTU may change while we run; this is only how much room is kept ready.
         let mtu = tap.mtu().and_then(|mtu| usize::try_from(mtu).ok()).unwrap_or(1500);
         Self {
             id,
             tap,
-            plain_frame: (mtu.saturating_add(ETHERNET + HEADER_SIZE)).min(MAX_FRAME),
+            plain_frame: (mtu.saturating_add(ETHERNET)).min(MAX_FRAME),
             counters: wakes.iter().map(|_| PairCounters::default()).collect(),
+            coalescing: CoalescingTable::new(2 * wakes.len()),
             wakes,
             link_up: AtomicBool::new(link_up),
             purges: AtomicU64::new(0),
             offloads: AtomicU64::new(0),
-            filter: Mutex::new(Arc::new(Filter::new(mac, false))),
-            filter_generation: AtomicU64::new(0),
+            filter: Setting::new(Filter::new(mac, false)),
+            hasher: Setting::new(None),
+            steering,
+            steered: AtomicBool::new(false),
             mac,
             antispoof,
             rx_limiter: Limiter::new(rx_limits),
@@ -109,26 +124,22 @@ impl Shared {
         u16::try_from(self.wakes.len()).unwrap_or(u16::MAX)
     }
 
-    /// The filter, with its generation.
-    pub(super) fn filter(&self) -> (u64, Arc<Filter>) {
-        let filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
-        (self.filter_generation.load(Ordering::SeqCst), Arc::clone(&filter))
+    /// As before the first driver, for one that negotiated `features`.
+    pub(super) fn forget_driver(&self, features: u64) {
+        self.pairs.store(1, Ordering::SeqCst);
+        self.offloads.store(features & GUEST_OFFLOADS, Ordering::SeqCst);
+        self.filter.set(Filter::new(self.mac, features & bit(CTRL_VLAN) != 0));
+        self.coalescing.set(Queues::All, Coalescing::default());
+        self.hasher.set(None);
+        self.steered.store(false, Ordering::SeqCst);
     }
 
-    /// Whether the filter is still the one with this generation.
-    pub(super) fn is_filter(&self, generation: u64) -> bool {
-        self.filter_generation.load(Ordering::SeqCst) == generation
-    }
-
-    pub(super) fn change_filter(&self, change: impl FnOnce(&mut Filter)) {
-        let mut filter = self.filter.lock().unwrap_or_else(PoisonError::into_inner);
-        change(Arc::make_mut(&mut filter));
-        self.filter_generation.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// As before the first driver.
-    pub(super) fn forget_filter(&self, vlans: bool) {
-        self.change_filter(|filter| *filter = Filter::new(self.mac, vlans));
+    /// Makes the tap work as the driver wants it.
+    pub(super) fn prepare_tap(&self) -> io::Result<()> {
+        let steered = self.steering.as_ref().filter(|_| self.steered.load(Ordering::SeqCst));
+        self.tap.use_queues(self.pairs.load(Ordering::SeqCst).into())?;
+        self.tap.steer(steered.map(Steering::program))?;
+        self.tap.set_offload(tap_offload(self.offloads.load(Ordering::SeqCst)))
     }
 
     /// Asks the network, and the driver if it takes such requests, to hear where the card is.

@@ -26,6 +26,7 @@ const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNGETVNETHDRSZ: libc::c_ulong = 0x8004_54d7;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+const TUNSETSTEERINGEBPF: libc::c_ulong = 0x8004_54e0;
 const TUNSETCARRIER: libc::c_ulong = 0x4004_54e2;
 
 /// `struct ifreq` as far as taps use it.
@@ -108,6 +109,11 @@ pub(super) fn set_offload(fd: BorrowedFd<'_>, offload: u32) -> io::Result<()> {
 /// Sets whether the interface has a carrier.
 pub(super) fn set_carrier(fd: BorrowedFd<'_>, up: bool) -> io::Result<()> {
     int_ioctl(fd, TUNSETCARRIER, &mut libc::c_int::from(up))
+}
+
+/// Lets `program` choose the queue of each frame; without one the kernel does.
+pub(super) fn set_steering(fd: BorrowedFd<'_>, program: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    int_ioctl(fd, TUNSETSTEERINGEBPF, &mut program.map_or(-1, |program| program.as_raw_fd()))
 }
 
 /// Takes a queue of a multi-queue tap into or out of service.

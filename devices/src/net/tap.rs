@@ -1,13 +1,14 @@
 //! Taps: the host side of a NIC.
 //!
 //! A tap is taken by name or as descriptors that the agent opened, one per queue pair; with descriptors the VMM needs no
-//! privilege. Each frame has the 12-byte header of virtio 1.x before it (§5.1.6), which the kernel checks and obeys.
+//! privilege. Each frame has the header of virtio 1.x before it (§5.1.6), which the kernel checks and obeys: 12 bytes, or 20
+//! with room for a hash, which the kernel skips.
 
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use thiserror::Error;
 
@@ -16,6 +17,8 @@ use super::sys;
 
 /// Bytes of `struct virtio_net_hdr_mrg_rxbuf`, which precedes every frame (virtio 1.2 §5.1.6).
 pub const HEADER_SIZE: usize = 12;
+/// Bytes of `struct virtio_net_hdr_v1_hash`, which precedes every frame of a driver that takes HASH_REPORT.
+pub const HASH_HEADER_SIZE: usize = 20;
 /// Most queues that the kernel gives one tap.
 pub const MAX_QUEUES: u16 = 256;
 const WANTED_FLAGS: u16 = sys::IFF_TAP | sys::IFF_NO_PI | sys::IFF_VNET_HDR;
@@ -115,6 +118,10 @@ pub struct Tap {
     flags: Option<u16>,
     /// The header size that was found. `None` for what is not a real tap, in tests.
     found_header: Option<i32>,
+    /// Bytes of the header before each frame.
+    header: AtomicUsize,
+    /// A program of ours chooses the queues of frames.
+    steered: AtomicBool,
     carrier_lost: AtomicBool,
 }
 
@@ -187,12 +194,24 @@ impl Tap {
 
     fn from_checked(name: String, fds: Vec<OwnedFd>, flags: Option<u16>) -> Result<Self, TapError> {
         let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
-        let carrier_lost = AtomicBool::new(false);
-        let mut tap = Self { name, queues, uso: false, flags, found_header: None, carrier_lost };
+        let mut tap = Self::new(name, queues, flags);
         // Dropped after a failure, it puts back what was set so far.
         match tap.prepare() {
             Ok(()) => Ok(tap),
             Err((action, error)) => Err(TapError::Kernel { name: tap.name.clone(), action, error }),
+        }
+    }
+
+    fn new(name: String, queues: Vec<TapQueue>, flags: Option<u16>) -> Self {
+        Self {
+            name,
+            queues,
+            uso: false,
+            flags,
+            found_header: None,
+            header: AtomicUsize::new(HEADER_SIZE),
+            steered: AtomicBool::new(false),
+            carrier_lost: AtomicBool::new(false),
         }
     }
 
@@ -207,8 +226,7 @@ impl Tap {
             return Err(("offer IFF_VNET_HDR", io::ErrorKind::Unsupported.into()));
         }
         self.found_header = Some(sys::header_size(fd).map_err(|error| ("tell the header size", error))?);
-        let size = i32::try_from(HEADER_SIZE).unwrap_or(i32::MAX);
-        sys::set_header_size(fd, size).map_err(|error| ("set the header size", error))?;
+        self.set_header(HEADER_SIZE).map_err(|error| ("set the header size", error))?;
         self.uso = sys::set_offload(fd, TUN_F_BASE | TUN_F_USO).is_ok();
         if !self.uso {
             sys::set_offload(fd, TUN_F_BASE).map_err(|error| ("offer checksum and TSO offload", error))?;
@@ -223,8 +241,9 @@ impl Tap {
             sys::set_nonblocking(fd.as_fd()).unwrap();
         }
         let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
-        let name = "double".to_owned();
-        Self { name, queues, uso: true, flags: None, found_header: None, carrier_lost: AtomicBool::new(false) }
+        let mut tap = Self::new("double".to_owned(), queues, None);
+        tap.uso = true;
+        tap
     }
 
     /// Whether the interface behind the descriptors was deleted.
@@ -233,7 +252,7 @@ impl Tap {
     }
 
     /// Goes over to the interface that has the name now, if there is one. The descriptors keep their numbers; all queues are in
-    /// service, and offloads are off. Never makes an interface.
+    /// service, offloads are off, and no program steers. Never makes an interface.
     ///
     /// # Errors
     /// [`TapError`]; everything is as before then.
@@ -251,7 +270,7 @@ impl Tap {
             fresh.push(fd);
         }
         if let Some(first) = fresh.first() {
-            let size = i32::try_from(HEADER_SIZE).unwrap_or(i32::MAX);
+            let size = i32::try_from(self.header()).unwrap_or(i32::MAX);
             sys::set_header_size(first.as_fd(), size).map_err(kernel("set the header size"))?;
             sys::set_offload(first.as_fd(), 0).map_err(kernel("switch offloads off"))?;
         }
@@ -259,6 +278,7 @@ impl Tap {
             sys::replace(queue.fd.as_fd(), fd).map_err(kernel("take over a queue"))?;
             queue.attached.store(true, Ordering::Relaxed);
         }
+        self.steered.store(false, Ordering::Relaxed);
         Ok(())
     }
 
@@ -300,6 +320,29 @@ impl Tap {
     /// Tells the kernel what frames from it may leave undone: `TUN_F_*`.
     pub(super) fn set_offload(&self, flags: u32) -> io::Result<()> {
         self.control().map_or(Ok(()), |fd| sys::set_offload(fd, flags))
+    }
+
+    /// Bytes of the header before each frame.
+    pub(super) fn header(&self) -> usize {
+        self.header.load(Ordering::Relaxed)
+    }
+
+    /// Sets the size of the header before each frame: [`HEADER_SIZE`] or [`HASH_HEADER_SIZE`]. Frames in the tap have none yet.
+    pub(super) fn set_header(&self, size: usize) -> io::Result<()> {
+        self.header.store(size, Ordering::Relaxed);
+        let Some(fd) = self.control() else { return Ok(()) };
+        sys::set_header_size(fd, i32::try_from(size).unwrap_or(i32::MAX))
+    }
+
+    /// Lets `program` choose the queue of each frame; without one the kernel does.
+    pub(super) fn steer(&self, program: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        if self.steered.load(Ordering::Relaxed) != program.is_some()
+            && let Some(fd) = self.control()
+        {
+            sys::set_steering(fd, program)?;
+            self.steered.store(program.is_some(), Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Takes the first `count` queues into service and the others out of it.
@@ -344,6 +387,7 @@ impl Drop for Tap {
     fn drop(&mut self) {
         let (Some(fd), Some(found)) = (self.control(), self.found_header) else { return };
         // Whoever shares the descriptors, or opens the tap next, finds it as we did. A tap that is gone needs nothing.
+        let _ = self.steer(None);
         let _ = self.use_queues(self.queues.len());
         let _ = sys::set_offload(fd, 0);
         let _ = sys::set_header_size(fd, found);

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::lane::Lane;
 use super::sys::{MAX_SEGMENTS, Segments};
-use super::tap::HEADER_SIZE;
+use super::tap::HASH_HEADER_SIZE;
 use super::worker::Context;
 use super::{MAX_FRAME, MIN_FRAME};
 use crate::limiter::THROTTLE_SLICE;
@@ -17,8 +17,10 @@ use crate::virtio::ring::{Chain, RingError};
 const TURN_CHAINS: u32 = 64;
 const TURN_BYTES: usize = 256 << 10;
 
-/// The header of virtio and the two addresses.
-const START: usize = HEADER_SIZE + 12;
+/// The two addresses.
+const ADDRESSES: usize = 12;
+/// The longest header of virtio, and the addresses.
+const START: usize = HASH_HEADER_SIZE + ADDRESSES;
 
 /// One transmit queue.
 pub(super) struct Tx {
@@ -61,18 +63,21 @@ impl Tx {
     /// Sends what the driver has queued, up to the limits of a turn; says whether there is more to do at once.
     pub(super) fn service(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
         self.throttled = None;
-        if !self.pending || self.blocked || self.broken {
+        if self.broken {
             return Ok(false);
         }
-        let result = self.lane.ring.disable_kicks(context.memory).and_then(|()| self.turn(context));
-        // What was done before a broken chain is done.
-        let flushed = self.lane.flush(context.memory, &context.counters.tx_interrupts);
-        let result = result.and_then(|more| flushed.map(|()| more));
+        let result = self.turn(context);
+        let settled = context.settle(&mut self.lane, &context.counters.tx_interrupts, result.is_err());
+        let result = result.and_then(|more| settled.map(|()| more));
         self.broken = result.is_err();
         result
     }
 
     fn turn(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
+        if !self.pending || self.blocked {
+            return Ok(false);
+        }
+        self.lane.ring.disable_kicks(context.memory)?;
         let (mut chains, mut bytes) = (0, 0);
         while chains < TURN_CHAINS && bytes < TURN_BYTES {
             chains += 1;
@@ -104,6 +109,7 @@ impl Tx {
                     context.counters.tx_bytes.add(u64::try_from(length).unwrap_or(0));
                 }
             }
+            self.lane.count_frame();
             self.lane.ring.put_used(context.memory, head, 0)?;
         }
         Ok(true)
@@ -113,20 +119,21 @@ impl Tx {
         let drops = &context.counters.tx_drops;
         self.lane.ring.walk(context.memory, head, &mut self.chain)?;
         self.segments.clear();
+        let (smallest, largest) = (context.header + MIN_FRAME, context.header + MAX_FRAME);
         let mut total = 0usize;
         for piece in self.chain.readable() {
             let length = usize::try_from(piece.length).unwrap_or(usize::MAX);
             total = total.saturating_add(length);
             // What is too large is dropped: where the rest of it lies does not matter.
-            if total <= MAX_FRAME {
+            if total <= largest {
                 self.segments.push(context.memory, head, piece.address, length, |_| ())?;
             }
         }
-        if !self.chain.writable().is_empty() || total < MIN_FRAME || self.segments.len() > MAX_SEGMENTS {
+        if !self.chain.writable().is_empty() || total < smallest || self.segments.len() > MAX_SEGMENTS {
             drops.malformed.increment();
             return Ok(Sent::Dropped);
         }
-        if total > MAX_FRAME {
+        if total > largest {
             drops.oversize.increment();
             return Ok(Sent::Dropped);
         }
@@ -148,7 +155,8 @@ impl Tx {
 
     /// Whether the frame goes out under the card's own address, which is made sure of.
     fn is_own(&mut self, context: &Context<'_>, head: u16) -> Result<bool, RingError> {
-        let mut left = self.start.as_mut_slice();
+        let start = self.start.get_mut(..context.header + ADDRESSES).unwrap_or_default();
+        let mut left = &mut *start;
         for piece in self.chain.readable() {
             let length = left.len().min(usize::try_from(piece.length).unwrap_or(usize::MAX));
             let (now, later) = left.split_at_mut(length);
@@ -156,8 +164,9 @@ impl Tx {
             context.memory.read_slice(now, GuestAddress(piece.address)).map_err(|_| unmapped)?;
             left = later;
         }
-        self.segments.replace_start(self.start.as_mut_slice());
-        Ok(self.start.last_chunk() == Some(&context.shared.mac))
+        let is_own = start.last_chunk() == Some(&context.shared.mac);
+        self.segments.replace_start(start);
+        Ok(is_own)
     }
 
     fn write(&self, context: &Context<'_>, total: usize) -> Sent {
@@ -165,7 +174,7 @@ impl Tx {
         loop {
             let Err(error) = self.segments.write_to(context.tap) else {
                 context.shared.tap_works();
-                return Sent::Done(total - HEADER_SIZE);
+                return Sent::Done(total - context.header);
             };
             match error.kind() {
                 io::ErrorKind::Interrupted => continue,

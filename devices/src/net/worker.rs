@@ -12,18 +12,22 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::announce::{self, Rounds};
-use super::control::{Command, Control, Outcome};
+use super::control::Control;
 use super::counters::PairCounters;
-use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit, tap_offload};
+use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit};
 use super::filter::Filter;
 use super::lane::Lane;
+use super::obey::obey;
 use super::rx::Rx;
 use super::shared::Shared;
-use super::tap::TapError;
+use super::steering::hash::Hasher;
+use super::tap::{HASH_HEADER_SIZE, HEADER_SIZE, TapError};
 use super::tx::Tx;
 use super::{MAX_FRAME, features, sys};
+use crate::metrics::Counter;
 use crate::virtio::ring::RingError;
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{DeviceEvent, GuestMemory};
@@ -33,6 +37,7 @@ const TAP: u64 = 1;
 const RX_KICK: u64 = 2;
 const TX_KICK: u64 = 3;
 const CONTROL_KICK: u64 = 4;
+const TIMER: u64 = 5;
 /// Between two looks for a tap that was deleted.
 const RETRY: Duration = Duration::from_secs(1);
 /// Turns that the emptying of a tap of stale frames may take: more frames than a tap's queue commonly holds.
@@ -52,6 +57,8 @@ pub(super) struct Start {
     pub(super) rx: Option<Lane>,
     pub(super) tx: Option<Lane>,
     pub(super) control: Option<Lane>,
+    /// For the control queue: receive and transmit queues that the driver has enabled.
+    pub(super) enabled: Vec<u16>,
     pub(super) signals: Arc<dyn TransportSignals>,
     /// The driver is new: what the tap holds is not for it.
     pub(super) fresh: bool,
@@ -69,8 +76,22 @@ pub(super) struct Context<'a> {
     pub(super) link_up: bool,
     pub(super) filter: &'a Filter,
     pub(super) offloads: u64,
-    /// Room to keep ready for the next frame, in bytes.
+    /// Bytes of the header before each frame.
+    pub(super) header: usize,
+    /// Room to keep ready for the next frame, in bytes, with its header.
     pub(super) largest_frame: usize,
+    /// What hashes frames for the driver, if it wants to hear of that.
+    pub(super) hasher: Option<&'a Hasher>,
+}
+
+impl Context<'_> {
+    /// Shows the driver what was used in `lane`, and interrupts it when it wants that: `at_once` in any case.
+    pub(super) fn settle(&self, lane: &mut Lane, interrupts: &Counter, at_once: bool) -> Result<(), RingError> {
+        if at_once {
+            return lane.flush(self.memory, interrupts);
+        }
+        lane.settle(self.memory, self.shared.coalescing.get(lane.index), self.now, interrupts)
+    }
 }
 
 struct Running {
@@ -85,6 +106,10 @@ struct Running {
     purge_turns: u32,
     /// The filter as it was seen last, with its generation.
     filter: (u64, Arc<Filter>),
+    /// What hashes frames, likewise.
+    hasher: (u64, Arc<Option<Hasher>>),
+    /// Whether the driver is told hashes.
+    reports: bool,
     /// Whether the driver takes requests to announce itself.
     announces: bool,
 }
@@ -107,6 +132,10 @@ pub(super) struct Worker {
     retry: Option<Instant>,
     /// An announcement that is under way. The first worker makes it.
     rounds: Option<Rounds>,
+    /// Wakes for interrupts that were held back: epoll's own timeout counts milliseconds, and they want microseconds.
+    timer: TimerFd,
+    /// What it is set to.
+    alarm: Option<Instant>,
 }
 
 impl Worker {
@@ -122,6 +151,9 @@ impl Worker {
             let event = EpollEvent::new(EventSet::IN, WAKE);
             epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
         }
+        let timer = TimerFd::new()?;
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, TIMER);
+        epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), event)?;
         Ok(Self {
             index,
             shared,
@@ -135,6 +167,8 @@ impl Worker {
             tap_generation: 0,
             retry: None,
             rounds: None,
+            timer,
+            alarm: None,
         })
     }
 
@@ -148,6 +182,7 @@ impl Worker {
         let mut more = false;
         self.follow_link();
         loop {
+            self.set_timer(counters);
             let ready = match self.epoll.wait(self.timeout(more), &mut events) {
                 Ok(ready) => ready,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
@@ -161,6 +196,8 @@ impl Worker {
                     if !self.handle_messages(counters, tap) {
                         return;
                     }
+                } else if event.data() == TIMER {
+                    self.alarm = None;
                 } else if let Some(running) = &mut self.running {
                     running.mark(event.data(), event.event_set(), counters);
                 }
@@ -188,6 +225,19 @@ impl Worker {
         }
     }
 
+    /// Sets the timer to the first interrupt that is held back.
+    fn set_timer(&mut self, counters: &PairCounters) {
+        let Some(running) = &mut self.running else { return };
+        let Some(due) = running.due().filter(|due| self.alarm != Some(*due)) else { return };
+        // Zero would switch it off.
+        let wait = due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+        match self.timer.reset(wait, None) {
+            Ok(()) => self.alarm = Some(due),
+            // Better too early than never.
+            Err(_) => running.flush(counters),
+        }
+    }
+
     /// The first worker sees whether a tap that was deleted has been made again, once a second while it is lost.
     fn look_after_tap(&mut self) {
         let shared = &self.shared;
@@ -204,11 +254,8 @@ impl Worker {
             return;
         }
         let reopened = shared.tap.reopen().and_then(|()| {
-            let offload = tap_offload(shared.offloads.load(Ordering::SeqCst));
-            let pairs = usize::from(shared.pairs.load(Ordering::SeqCst));
-            let prepared = shared.tap.use_queues(pairs).and_then(|()| shared.tap.set_offload(offload));
             let name = shared.tap.name().to_owned();
-            prepared.map_err(|error| TapError::Kernel { name, action: "prepare it for the driver", error })
+            shared.prepare_tap().map_err(|error| TapError::Kernel { name, action: "prepare it for the driver", error })
         });
         match reopened {
             Ok(()) => {
@@ -254,8 +301,8 @@ impl Worker {
         if !shared.link_up.load(Ordering::SeqCst) {
             return;
         }
-        let (_, filter) = shared.filter();
-        if let Err(error) = sys::send(tap, &announce::rarp(filter.mac())) {
+        let (_, filter) = shared.filter.get();
+        if let Err(error) = sys::send(tap, &announce::rarp(filter.mac(), shared.tap.header())) {
             tracing::warn!(nic = shared.id, tap = shared.tap.name(), %error, "an announcement could not be sent");
         }
         if self.running.as_ref().is_some_and(|running| running.announces) {
@@ -289,10 +336,10 @@ impl Worker {
 
     fn start(&mut self, start: Start, tap: BorrowedFd<'_>) {
         let shared = &self.shared;
+        let reports = start.features & bit(features::HASH_REPORT) != 0;
         if self.index == 0 {
-            let pairs = usize::from(shared.pairs.load(Ordering::SeqCst));
-            let offload = tap_offload(shared.offloads.load(Ordering::SeqCst));
-            let prepared = shared.tap.use_queues(pairs).and_then(|()| shared.tap.set_offload(offload));
+            let header = if reports { HASH_HEADER_SIZE } else { HEADER_SIZE };
+            let prepared = shared.tap.set_header(header).and_then(|()| shared.prepare_tap());
             if let Err(error) = prepared {
                 shared.tap_failed("prepare for the driver", &error);
             }
@@ -304,11 +351,13 @@ impl Worker {
             memory: start.memory,
             rx: start.rx.map(|lane| Rx::new(lane, merge)),
             tx: start.tx.map(Tx::new),
-            control: start.control.map(|lane| Control::new(lane, start.features, max_pairs)),
+            control: start.control.map(|lane| Control::new(lane, start.features, max_pairs, start.enabled)),
             signals: start.signals,
             pairs_generation: start.pairs_generation,
             purge_turns: if start.fresh { PURGE_TURNS } else { 0 },
-            filter: shared.filter(),
+            filter: shared.filter.get(),
+            hasher: shared.hasher.get(),
+            reports,
             announces: start.features & bit(features::GUEST_ANNOUNCE) != 0,
         };
         for (kick, token) in running.kicks() {
@@ -320,7 +369,8 @@ impl Worker {
 
     fn stop(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
         let mut queues = Vec::new();
-        if let Some(running) = self.running.take() {
+        if let Some(mut running) = self.running.take() {
+            running.flush(counters);
             // The transport holds the same eventfds: closing ours would not end the watch.
             for (kick, token) in running.kicks() {
                 self.watch(ControlOperation::Delete, kick, token, EventSet::empty());
@@ -375,9 +425,8 @@ impl Worker {
         let Some(running) = &mut self.running else { return false };
         let shared = &*self.shared;
         running.follow_memory(counters);
-        if !shared.is_filter(running.filter.0) {
-            running.filter = shared.filter();
-        }
+        shared.filter.follow(&mut running.filter);
+        shared.hasher.follow(&mut running.hasher);
         let purges = shared.purges.load(Ordering::SeqCst);
         if std::mem::replace(&mut self.purges, purges) != purges {
             running.purge_turns = PURGE_TURNS;
@@ -391,6 +440,8 @@ impl Worker {
                 // wait in the tap are an event each time.
                 self.watch(ControlOperation::Modify, tap.as_raw_fd(), TAP, EventSet::IN | EventSet::OUT);
             }
+        } else {
+            running.flush(counters);
         }
         more
     }
@@ -424,6 +475,23 @@ impl Running {
             }
             (CONTROL_KICK, .., Some(control)) => control.pending = true,
             _ => {}
+        }
+    }
+
+    /// When the first interrupt that is held back is due.
+    fn due(&self) -> Option<Instant> {
+        let (rx, tx) = (self.rx.as_ref(), self.tx.as_ref());
+        let due = [rx.and_then(|rx| rx.lane.due), tx.and_then(|tx| tx.lane.due)];
+        due.into_iter().flatten().min()
+    }
+
+    /// Tells the driver at once what it was not told yet.
+    fn flush(&mut self, counters: &PairCounters) {
+        let rx = self.rx.as_mut().map(|rx| (&mut rx.lane, &counters.rx_interrupts));
+        let tx = self.tx.as_mut().map(|tx| (&mut tx.lane, &counters.tx_interrupts));
+        for (lane, interrupts) in [rx, tx].into_iter().flatten() {
+            // A ring that is not there any more has been told of, or will be when it is worked on.
+            let _ = lane.flush(&self.map, interrupts);
         }
     }
 
@@ -463,6 +531,7 @@ impl Running {
     fn serve_frames(&mut self, shared: &Shared, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
         let offloads = shared.offloads.load(Ordering::Relaxed);
         let segmented = bit(GUEST_TSO4) | bit(GUEST_TSO6) | bit(GUEST_USO4) | bit(GUEST_USO6);
+        let header = shared.tap.header();
         let context = Context {
             shared,
             counters,
@@ -472,7 +541,9 @@ impl Running {
             link_up: shared.link_up.load(Ordering::SeqCst),
             filter: &self.filter.1,
             offloads,
-            largest_frame: if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
+            header,
+            largest_frame: header + if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
+            hasher: self.hasher.1.as_ref().as_ref().filter(|_| self.reports),
         };
         // First of all, so that what is thrown away cannot be an answer to what the driver sends now.
         if self.purge_turns > 0
@@ -502,40 +573,4 @@ fn fail(shared: &Shared, signals: &Arc<dyn TransportSignals>, error: &RingError)
     let reason = error.to_string();
     signals.needs_reset(&reason);
     shared.notify(DeviceEvent::NeedsReset { reason });
-}
-
-/// Carries out a command of the control queue. Runs on the first worker only.
-fn obey(shared: &Shared, command: Command) -> Outcome {
-    let done = match &command {
-        &Command::Offloads(offloads) => {
-            let done = shared.tap.set_offload(tap_offload(offloads));
-            if done.is_ok() {
-                shared.offloads.store(offloads, Ordering::SeqCst);
-            }
-            done
-        }
-        &Command::Pairs(pairs) => {
-            shared.tap.use_queues(pairs.into()).map(|()| shared.pairs.store(pairs, Ordering::SeqCst))
-        }
-        Command::Filter(change) => {
-            shared.change_filter(|filter| filter.apply(change));
-            Ok(())
-        }
-        Command::Announced => {
-            shared.announcing.store(false, Ordering::SeqCst);
-            Ok(())
-        }
-    };
-    if let Err(error) = done {
-        shared.command_refused(&command, &error);
-        return Outcome::Refused;
-    }
-    let others = shared.max_pairs().saturating_sub(1);
-    if others == 0 || !matches!(command, Command::Pairs(_)) {
-        return Outcome::Done;
-    }
-    shared.pairs_waiting.store(others, Ordering::SeqCst);
-    shared.pairs_generation.fetch_add(1, Ordering::SeqCst);
-    (1..shared.wakes.len()).for_each(|worker| shared.wake(worker));
-    Outcome::Waiting
 }
