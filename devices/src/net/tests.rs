@@ -1,5 +1,6 @@
 //! Ring-level tests of the card. Its tap is a pair of sockets that keep frames apart, or a real one where the machine has any.
 
+mod coalescing;
 mod control;
 mod hostile;
 mod identity;
@@ -7,6 +8,7 @@ mod lifecycle;
 mod limits;
 mod real;
 mod receive;
+mod steering;
 mod transmit;
 
 use std::os::fd::OwnedFd;
@@ -15,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::features::bit;
-use super::tap::HEADER_SIZE;
+use super::tap::{HASH_HEADER_SIZE, HEADER_SIZE};
 use super::*;
 use crate::PlainThreads;
 use crate::limiter::{Limits, Rate};
@@ -75,8 +77,13 @@ impl Card {
     }
 
     fn with_tap(tap: Tap, host: Vec<UnixDatagram>, pairs: u16, ring_size: u16, features: u64) -> Self {
+        Self::with_options(options(tap, pairs), host, ring_size, features)
+    }
+
+    fn with_options(options: NetOptions, host: Vec<UnixDatagram>, ring_size: u16, features: u64) -> Self {
         let notifier = Arc::new(RecordedNotifier::default());
-        let device = VirtioNet::new(options(tap, pairs), &PlainThreads, notifier.clone()).unwrap();
+        let pairs = options.queue_pairs;
+        let device = VirtioNet::new(options, &PlainThreads, notifier.clone()).unwrap();
         let mut sizes = vec![ring_size; usize::from(pairs) * 2];
         sizes.push(64);
         Self { device, driver: TestDriver::new(&sizes), host, notifier, features }
@@ -102,7 +109,8 @@ impl Card {
 
     /// Sends `frame` from the guest without looking for its end.
     fn send(&mut self, frame: &[u8]) -> u16 {
-        let data = [&[0; HEADER_SIZE], frame].concat();
+        let header = if self.features & bit(features::HASH_REPORT) != 0 { HASH_HEADER_SIZE } else { HEADER_SIZE };
+        let data = [&vec![0; header], frame].concat();
         let address = self.driver.allocate(data.len() as u64, 1);
         self.driver.write(address, &data);
         let head = self.driver.ring(TX).add(&[Buffer::readable(address, data.len() as u32)]);
@@ -206,11 +214,12 @@ fn the_configuration_space_shows_mac_status_pairs_mtu_and_speed_whatever_was_neg
     device.read_config(u64::MAX, &mut status);
     assert_eq!(status, [0, 0]);
     assert_eq!(device.queue_sizes(), [256, 256, 256, 256, 256, 256, 256, 256, 64]);
-    for feature in [features::MQ, features::MTU, features::CTRL_VQ, features::MRG_RXBUF, features::HOST_USO] {
+    use features::{CTRL_VQ, HOST_USO, MQ, MRG_RXBUF, MTU, NOTF_COAL, VQ_NOTF_COAL};
+    for feature in [MQ, MTU, CTRL_VQ, MRG_RXBUF, HOST_USO, NOTF_COAL, VQ_NOTF_COAL] {
         assert!(device.features() & bit(feature) != 0, "{feature}");
     }
     let standby = 62;
-    for feature in [standby, features::GUEST_UFO, 14] {
+    for feature in [standby, features::GUEST_UFO, 14, features::RSS, features::HASH_REPORT] {
         assert_eq!(device.features() & bit(feature), 0, "{feature} would be a promise that is not kept");
     }
 }
@@ -233,4 +242,5 @@ fn options_that_do_not_fit_are_refused_with_a_remedy() {
     assert!(refused(|o| o.queue_size = 100).contains("power of two"));
     assert!(refused(|o| o.queue_size = 0).contains("power of two"));
     assert!(refused(|o| o.mtu = Some(67)).contains("MTU 67"));
+    assert!(refused(|o| o.rss = true).contains("leave RSS out"));
 }

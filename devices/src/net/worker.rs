@@ -425,13 +425,14 @@ impl Worker {
         let Some(running) = &mut self.running else { return false };
         let shared = &*self.shared;
         running.follow_memory(counters);
-        shared.filter.follow(&mut running.filter);
-        shared.hasher.follow(&mut running.hasher);
         let purges = shared.purges.load(Ordering::SeqCst);
         if std::mem::replace(&mut self.purges, purges) != purges {
             running.purge_turns = PURGE_TURNS;
         }
         let mut more = running.serve_control(shared);
+        // After a command was obeyed that may have changed them.
+        shared.filter.follow(&mut running.filter);
+        shared.hasher.follow(&mut running.hasher);
         if self.index < usize::from(shared.pairs.load(Ordering::SeqCst)) {
             let was_blocked = running.tx_blocked();
             more |= running.serve_frames(shared, counters, tap);

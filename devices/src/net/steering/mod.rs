@@ -36,7 +36,8 @@ impl Steering {
     /// Loads the program. It is not attached to any tap yet.
     ///
     /// # Errors
-    /// What the kernel answered: EPERM without CAP_BPF.
+    /// What the kernel answered: EPERM without CAP_BPF, and E2BIG without CAP_PERFMON, as the verifier then follows what
+    /// processors may do by speculation.
     pub(super) fn new() -> io::Result<Self> {
         let map = sys::create_map(WORDS)?;
         let program = sys::load_program(&program::build(map.as_fd()), &mut [])?;

@@ -49,7 +49,7 @@ fn steering() -> Option<Steering> {
     match Steering::new() {
         Ok(steering) => Some(steering),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            eprintln!("SKIPPED: this test needs root (CAP_BPF)");
+            eprintln!("SKIPPED: this test needs root (CAP_BPF and CAP_PERFMON)");
             None
         }
         Err(error) => {
@@ -230,6 +230,8 @@ fn no_frame_is_steered_by_a_table_that_is_half_written() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
+                // An odd number, so that each place holds the one and the other.
+                steering.set(&other, &hashers[1]);
                 steering.set(&other, &hashers[1]);
                 steering.set(&one, &hashers[0]);
             }

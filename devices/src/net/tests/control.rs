@@ -1,21 +1,22 @@
 use super::*;
 
-const CONTROL_1: usize = 2;
+pub(super) const CONTROL_1: usize = 2;
 
 /// Runs a command and gives the answer; `0xaa` where the device wrote none.
-fn command(card: &mut Card, ring: usize, data: &[u8]) -> u8 {
-    let address = card.driver.allocate(128, 1);
+pub(super) fn command(card: &mut Card, ring: usize, data: &[u8]) -> u8 {
+    let address = card.driver.allocate(512, 1);
     card.driver.write(address, data);
-    card.driver.write(address + 100, &[0xaa]);
+    let answer = address + 511;
+    card.driver.write(answer, &[0xaa]);
     let mut buffers = vec![Buffer::readable(address, 2.min(data.len() as u32))];
     if data.len() > 2 {
         buffers.push(Buffer::readable(address + 2, data.len() as u32 - 2));
     }
-    buffers.push(Buffer::writable(address + 100, 1));
+    buffers.push(Buffer::writable(answer, 1));
     let head = card.driver.ring(ring).add(&buffers);
     card.driver.ring(ring).kick();
     assert_eq!(card.used(ring), Used { head, length: 1 });
-    card.driver.read(address + 100, 1)[0]
+    card.driver.read(answer, 1)[0]
 }
 
 fn offloads(value: u64) -> Vec<u8> {

@@ -328,6 +328,99 @@ fn pairs_of_a_real_tap_are_attached_and_detached_as_the_driver_says() {
     });
 }
 
+/// The pair that receives a frame of ours, and the frame with its header. The buffer is given again.
+fn received(card: &mut Card, buffers: &std::collections::HashMap<(usize, u16), u64>) -> (usize, Vec<u8>) {
+    let mut seen = None;
+    wait(
+        || {
+            for pair in 0..4 {
+                while let Some(used) = card.driver.ring(2 * pair).take_used() {
+                    let address = buffers[&(pair, used.head)];
+                    let data = card.driver.read(address, used.length as usize);
+                    let head = card.driver.ring(2 * pair).add(&[Buffer::writable(address, BUFFER)]);
+                    assert_eq!(head, used.head, "the descriptor that is free");
+                    card.driver.ring(2 * pair).kick();
+                    if data[HASH_HEADER_SIZE + 6..][..6] == [2, 0, 0, 0, 0, 1] {
+                        assert!(seen.replace((pair, data)).is_none(), "one frame comes once");
+                    }
+                }
+            }
+            seen.is_some()
+        },
+        "a frame",
+    );
+    seen.unwrap()
+}
+
+#[test]
+fn with_rss_each_frame_comes_by_the_queue_that_its_hash_chooses_also_after_the_tap_was_made_again() {
+    use super::control::command;
+    use super::steering::{datagram, is_possible, key, rss, rss_options};
+    use crate::net::steering::hash::Hasher;
+    if !is_possible() {
+        return;
+    }
+    in_namespace(|| {
+        let tap = Tap::open("rvtest0", 4).unwrap();
+        set_up("rvtest0", true);
+        let rss_features = bit(features::RSS) | bit(features::HASH_REPORT);
+        let negotiated = MERGE | bit(features::MQ) | bit(features::CTRL_VQ) | rss_features;
+        let mut card = Card::with_options(rss_options(tap, 4), Vec::new(), 128, negotiated);
+        card.start();
+        let mut buffers = std::collections::HashMap::new();
+        for pair in 0..4 {
+            for _ in 0..40 {
+                let address = card.driver.allocate(BUFFER.into(), 1);
+                let head = card.driver.ring(2 * pair).add(&[Buffer::writable(address, BUFFER)]);
+                buffers.insert((pair, head), address);
+            }
+        }
+        let hasher = Hasher::new(0x3f, &key());
+        let mut wire = Wire::new("rvtest0", false);
+        for (round, multiplier) in [1, 3, 1].into_iter().enumerate() {
+            let table: Vec<u16> = (0..128).map(|index| index * multiplier / 2 % 4).collect();
+            assert_eq!(command(&mut card, 8, &rss(0x3f, 2, &table, 4)), 0);
+            for port in 1000..1100 {
+                let data = datagram(port);
+                let (hash, report) = hasher.report(&data);
+                wire.send(&data);
+                let (pair, seen) = received(&mut card, &buffers);
+                assert_eq!(pair, usize::from(table[hash as usize % 128]), "port {port} in round {round}");
+                assert_eq!(seen[HASH_HEADER_SIZE..], data);
+                assert_eq!(seen[12..16], hash.to_le_bytes());
+                assert_eq!(seen[16..18], report.to_le_bytes());
+            }
+            wire.send(&ethernet(false, 100, 1));
+            assert_eq!(received(&mut card, &buffers).0, 2, "a frame without a hash");
+            if round > 0 {
+                continue;
+            }
+            // From now on over another tap of that name, with the configuration that there was.
+            assert!(ip("link delete rvtest0"));
+            let events = |card: &Card, wanted: fn(&DeviceEvent) -> bool| {
+                card.notifier.events().iter().any(|(_, event)| wanted(event))
+            };
+            wait(|| events(&card, |event| matches!(event, DeviceEvent::BackendLost { .. })), "the tap is lost");
+            assert!(ip("tuntap add dev rvtest0 mode tap vnet_hdr multi_queue"));
+            set_up("rvtest0", true);
+            wait(|| events(&card, |event| matches!(event, DeviceEvent::BackendRestored { .. })), "the tap is back");
+            wire = Wire::new("rvtest0", false);
+            for port in 1000..1020 {
+                let data = datagram(port);
+                wire.send(&data);
+                let (pair, _) = received(&mut card, &buffers);
+                assert_eq!(pair, usize::from(table[hasher.report(&data).0 as usize % 128]), "port {port}");
+            }
+        }
+        // A driver that steers no more has one queue, and then several that the kernel chooses from.
+        assert_eq!(command(&mut card, 8, &[4, 0, 1, 0]), 0);
+        for port in 1000..1020 {
+            wire.send(&datagram(port));
+            assert_eq!(received(&mut card, &buffers).0, 0);
+        }
+    });
+}
+
 #[test]
 fn a_tap_is_left_as_it_was_found() {
     in_namespace(|| {
@@ -347,6 +440,43 @@ fn a_tap_is_left_as_it_was_found() {
         drop(card);
         assert_eq!(sys::header_size(held[0].as_fd()).unwrap(), 10);
         sys::set_queue(held[1].as_fd(), false).expect("the second queue is in service again");
+    });
+}
+
+#[test]
+fn a_tap_is_steered_by_our_program_no_longer_than_its_card_lives() {
+    use super::control::command;
+    use super::steering::{datagram, is_possible, rss, rss_options};
+    if !is_possible() {
+        return;
+    }
+    in_namespace(|| {
+        let tap = Tap::open("rvtest0", 2).unwrap();
+        let held: Vec<std::fs::File> =
+            (0..2).map(|i| tap.queue(i).unwrap().try_clone_to_owned().unwrap().into()).collect();
+        set_up("rvtest0", true);
+        let negotiated = bit(features::MQ) | bit(features::CTRL_VQ) | bit(features::RSS);
+        let mut card = Card::with_options(rss_options(tap, 2), Vec::new(), 128, negotiated);
+        card.start();
+        // Without buffers nothing is taken out of the tap.
+        assert_eq!(command(&mut card, 4, &rss(0x3f, 1, &[1], 2)), 0);
+        let wire = Wire::new("rvtest0", false);
+        let waiting = || {
+            (1000..1050).for_each(|port| wire.send(&datagram(port)));
+            let frames = |mut queue: &std::fs::File| {
+                let (mut data, mut frames) = ([0; 2048], 0);
+                while let Ok(length) = std::io::Read::read(&mut queue, &mut data) {
+                    frames += usize::from(data[..length].ends_with(&[7; 20]));
+                }
+                frames
+            };
+            (frames(&held[0]), frames(&held[1]))
+        };
+        assert_eq!(waiting(), (0, 50));
+        drop(card);
+        let (first, second) = waiting();
+        assert_eq!(first + second, 50);
+        assert!(first > 0 && second > 0, "the kernel chooses again: {first} and {second}");
     });
 }
 
