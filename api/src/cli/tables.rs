@@ -299,7 +299,8 @@ pub fn nic(nic: &NicInfo) -> String {
     facts.add("mac", config.mac.to_string());
     facts.add("tap", &config.tap);
     facts.add_some("mtu", config.mtu);
-    facts.add("queues", format!("{} pairs of {} entries", config.queues, config.queue_size));
+    let rss = if config.rss { ", RSS" } else { "" };
+    facts.add("queues", format!("{} pairs of {} entries{rss}", config.queues, config.queue_size));
     facts.add(
         "received",
         format!("{} frames ({}), {} dropped", counters.rx_frames, about(counters.rx_bytes), counters.rx_dropped),

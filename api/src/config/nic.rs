@@ -45,6 +45,11 @@ pub struct NicConfig {
     #[serde(default)]
     #[schema(default = false)]
     pub antispoof: bool,
+    /// Let the guest say which of several `queues` receives a frame, by a hash that it is told (RSS and hash reports). A program
+    /// in the kernel does it, which the VMM needs CAP_BPF and CAP_PERFMON to load.
+    #[serde(default)]
+    #[schema(default = false)]
+    pub rss: bool,
     /// What the guest may receive per second. What exceeds it waits in the tap, which drops what it cannot hold.
     #[serde(default)]
     pub rx_limits: NicLimits,
@@ -77,6 +82,7 @@ impl NicConfig {
             link: Link::default(),
             slot: None,
             antispoof: false,
+            rss: false,
             rx_limits: NicLimits::default(),
             tx_limits: NicLimits::default(),
         }
@@ -93,6 +99,13 @@ impl NicConfig {
         check_slot(self.slot, &at.key("slot"))?;
         self.rx_limits.check(&at.key("rx_limits"))?;
         self.tx_limits.check(&at.key("tx_limits"))?;
+        if self.rss && self.queues == 1 {
+            return Err(Problem::invalid(
+                &at.key("rss"),
+                "RSS chooses between queues, and the NIC has one",
+                "set queues to 2 or more, one for each CPU of the guest at best, or leave rss out",
+            ));
+        }
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return Err(Problem::invalid(
                 &at.key("mtu"),
@@ -154,6 +167,10 @@ pub struct NicPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<bool>)]
     pub antispoof: Patch<bool>,
+    /// Another `rss`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<bool>)]
+    pub rss: Patch<bool>,
     /// Changes to `rx_limits`; null takes all of them away.
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<NicLimitsPatch>)]
@@ -192,6 +209,7 @@ impl NicPatch {
             link: set(self.link, nic.link, fresh.link),
             slot: apply(&self.slot, &nic.slot),
             antispoof: set(self.antispoof, nic.antispoof, fresh.antispoof),
+            rss: set(self.rss, nic.rss, fresh.rss),
             rx_limits: NicLimitsPatch::apply_to(&self.rx_limits, &nic.rx_limits),
             tx_limits: NicLimitsPatch::apply_to(&self.tx_limits, &nic.tx_limits),
         })

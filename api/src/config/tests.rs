@@ -148,6 +148,21 @@ fn a_lun_is_named_in_printable_ascii_and_reserved_only_to_be_written() {
 }
 
 #[test]
+fn rss_needs_several_queues_also_after_a_change() {
+    let mut nic = with_devices(0, 1).nics.remove(0);
+    let refused = |nic: &NicConfig| nic.check(&Pointer::root()).unwrap_err();
+    (nic.queues, nic.rss) = (2, true);
+    nic.check(&Pointer::root()).unwrap();
+    let patch: NicPatch = json(br#"{"queues":null}"#).unwrap();
+    let problem = refused(&patch.apply(&nic).unwrap());
+    assert_eq!((problem.code, problem.pointer.as_deref()), (Code::InvalidValue, Some("/rss")));
+    let patch: NicPatch = json(br#"{"queues":null,"rss":null}"#).unwrap();
+    let patched = patch.apply(&nic).unwrap();
+    assert!(!patched.rss && !patch.is_live());
+    patched.check(&Pointer::root()).unwrap();
+}
+
+#[test]
 fn memory_is_bounded_and_aligned_to_its_pages() {
     let mut config = with_devices(0, 0);
     for (size, pages, fits) in [

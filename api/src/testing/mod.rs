@@ -25,7 +25,7 @@ pub fn full_config() -> serde_json::Value {
         "disk_groups": [ { "id": "silver", "limits": { "bytes_per_second": "1GiB" } } ],
         "nics": [
             { "id": "net0", "tap": "tap0", "mac": "52:54:00:00:00:01", "queues": 2, "queue_size": 512,
-              "mtu": 9000, "link": "down", "slot": 7, "antispoof": true,
+              "mtu": 9000, "link": "down", "slot": 7, "antispoof": true, "rss": true,
               "rx_limits": { "packets_per_second": 1000, "packets_burst": 2000 },
               "tx_limits": { "bytes_per_second": "10MiB", "bytes_burst": "1MiB" } }
         ],

@@ -110,6 +110,20 @@ fn what_is_held_back_is_told_when_new_parameters_say_so() {
 }
 
 #[test]
+fn parameters_of_a_queue_that_another_worker_has_count_at_once() {
+    let mut card = Card::running(2, 16, FEATURES | bit(features::MQ));
+    assert_eq!(command(&mut card, 4, &[4, 0, 2, 0]), 0);
+    assert_eq!(command(&mut card, 4, &of_queue(3, 10, LONG)), 0);
+    let address = card.driver.allocate(100, 1);
+    card.driver.ring(3).add(&[Buffer::readable(address, 100)]);
+    card.driver.ring(3).kick();
+    card.used(3);
+    assert_eq!(card.driver.ring(3).interrupts(), 0, "it is held back");
+    assert_eq!(command(&mut card, 4, &of_queue(3, 1, LONG)), 0);
+    assert!(card.driver.ring(3).wait_interrupt(SOON));
+}
+
+#[test]
 fn what_is_held_back_is_told_by_a_stop_and_parameters_survive_it_but_not_a_reset() {
     let mut card = Card::quiet(0);
     card.set(&parameters(TX_SET, 10, LONG));
