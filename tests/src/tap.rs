@@ -28,10 +28,19 @@ fn ip(arguments: &str) {
 impl Tap {
     /// Makes a tap; needs root.
     pub fn new() -> Self {
+        Self::with_flags("vnet_hdr")
+    }
+
+    /// Makes a tap that may have several queues; needs root.
+    pub fn multi_queue() -> Self {
+        Self::with_flags("vnet_hdr multi_queue")
+    }
+
+    fn with_flags(flags: &str) -> Self {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
         let tap = Self { name: format!("rvt{pid}.{number}"), network: [(pid % 251) as u8, number] };
-        ip(&format!("tuntap add dev {} mode tap vnet_hdr", tap.name));
+        ip(&format!("tuntap add dev {} mode tap {flags}", tap.name));
         ip(&format!("addr add {}/24 dev {}", tap.host(), tap.name));
         ip(&format!("link set {} up", tap.name));
         tap

@@ -11,7 +11,7 @@ use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::Action;
 use rackvisor_tests::{
-    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_same_bytes, eventually, linux, needs_kvm, noise, sha256,
+    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_same_bytes, eventually, linux, needs_kvm, noise, sha256, skip,
 };
 
 const AMOUNT: usize = 100_000_000;
@@ -133,6 +133,70 @@ fn a_guest_that_listens_to_all_hears_what_is_for_others_and_one_that_does_not_do
         (vmm.client.nic("net0").unwrap().counters.rx_frames > received).then_some(())
     });
     assert_eq!(filtered(), before);
+}
+
+/// A guest with two CPUs and a NIC with RSS on `tap`.
+fn with_rss(vmm: &Rackvisor, tap: &Tap) -> Guest {
+    let mut config = linux();
+    config.boot.as_mut().unwrap().cmdline += &tap.cmdline();
+    config.cpus.count = 2;
+    config.nics = vec![NicConfig { queues: 2, rss: true, ..tap.nic() }];
+    let mut guest = vmm.boot_linux(&config);
+    guest.ok(&format!("ping -c 1 {}", tap.host()));
+    guest
+}
+
+/// Sends 200 flows to the guest; gives how many frames each of its two queues received meanwhile.
+fn spread(vmm: &Rackvisor, tap: &Tap) -> [u64; 2] {
+    let received = || {
+        let metrics = vmm.client.metrics().unwrap();
+        ["queue=\"0\"", "queue=\"1\""].map(|queue| {
+            let line = metrics.lines().find(|line| line.contains("net_rx_packets") && line.contains(queue)).unwrap();
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64
+        })
+    };
+    let before = received();
+    // Each from a port of its own.
+    (0..200).for_each(|_| tap.send_to(tap.guest()));
+    eventually("the flows arrive", || {
+        let [first, second] = received();
+        let more = [first - before[0], second - before[1]];
+        (more[0] + more[1] >= 200).then_some(more)
+    })
+}
+
+#[test]
+fn linux_takes_rss_and_hash_reports_and_receives_by_all_its_queues() {
+    needs_kvm!();
+    let (tap, vmm) = (Tap::multi_queue(), Rackvisor::start());
+    let mut guest = with_rss(&vmm, &tap);
+    let features = guest.ok("cat /sys/class/net/eth0/device/features");
+    for feature in [22, 53, 57, 60] {
+        assert_eq!(features.as_bytes()[feature], b'1', "feature {feature}");
+    }
+    let [first, second] = spread(&vmm, &tap);
+    assert!(first > 20 && second > 20, "{first} and {second}");
+}
+
+#[test]
+fn a_guest_chooses_the_queue_that_receives_and_how_long_its_interrupts_are_held_back() {
+    needs_kvm!();
+    let (tap, vmm) = (Tap::multi_queue(), Rackvisor::start());
+    let mut guest = with_rss(&vmm, &tap);
+    if guest.run("command -v ethtool").0 != 0 {
+        return skip("the guest has no ethtool");
+    }
+    guest.ok("ethtool -X eth0 weight 0 1");
+    let [_, second] = spread(&vmm, &tap);
+    // What has no hash, such as ARP, is for the first one all the same.
+    assert!(second >= 200, "{second}");
+    guest.ok("ethtool -X eth0 weight 1 0");
+    assert_eq!(spread(&vmm, &tap)[1], 0);
+    guest.ok("ethtool -X eth0 equal 2");
+    let [first, second] = spread(&vmm, &tap);
+    assert!(first > 20 && second > 20, "{first} and {second}");
+    guest.ok("ethtool -C eth0 rx-usecs 2000 rx-frames 32 tx-usecs 2000 tx-frames 32");
+    guest.ok(&format!("ping -c 3 {}", tap.host()));
 }
 
 #[test]
