@@ -53,7 +53,7 @@ pub struct NetOptions {
     /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
     pub antispoof: bool,
     /// Whether the guest may say which pair receives a frame, and is told the hash that says so: RSS and HASH_REPORT. Needs
-    /// several queue pairs, and CAP_BPF and CAP_PERFMON (CAP_SYS_ADMIN before Linux 5.8) while the card is made.
+    /// several queue pairs, and CAP_BPF and CAP_PERFMON while the card is made (Linux 5.8 or newer).
     pub rss: bool,
     /// What the guest may receive per second: what exceeds it waits in the tap, which drops what it cannot hold.
     pub rx_limits: Limits,
@@ -114,7 +114,7 @@ pub enum NetError {
     RssPairs(String),
     /// The host does not let a program of ours steer frames.
     #[error(
-        "NIC {id}: the kernel refused the program that steers frames for RSS: {error}; it needs CAP_BPF and CAP_PERFMON, and Linux 5.11 or newer: start with these capabilities, or leave RSS out"
+        "NIC {id}: the kernel refused the program that steers frames for RSS: {error}; it needs CAP_BPF and CAP_PERFMON, and Linux 5.8 or newer: start with these capabilities, or leave RSS out"
     )]
     Steering {
         /// The card.

@@ -58,6 +58,8 @@ impl Lane {
         now: Instant,
         interrupts: &Counter,
     ) -> Result<(), RingError> {
+        // Whatever becomes of it: what is due for ever would wake the worker for ever.
+        self.due = None;
         self.ring.show(memory)?;
         if !self.ring.is_untold() {
             return Ok(());

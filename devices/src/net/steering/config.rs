@@ -1,4 +1,4 @@
-//! How the driver configures hashes and steering (virtio 1.3 §5.1.6.5.6, §5.1.6.5.7).
+//! How the driver configures hashes and steering (virtio 1.2 §5.1.6.5.6, §5.1.6.5.7).
 
 use super::flow::SUPPORTED;
 use super::hash::{Hasher, KEY_LENGTH, Key};

@@ -1,4 +1,4 @@
-//! What of a frame goes into its hash (virtio 1.3 §5.1.6.4.3).
+//! What of a frame goes into its hash (virtio 1.2 §5.1.6.4.3).
 //!
 //! [`super::program`] finds the same in the kernel; a test holds the two together.
 
@@ -129,8 +129,8 @@ impl Flow {
     }
 }
 
-/// The protocol behind IPv6 extension headers, and where its header begins. What is no protocol that we know stands for
-/// one whose header is not to be found, as in all fragments of a packet but for the first: none of them shows its ports.
+/// The protocol behind IPv6 extension headers, and where its header begins. It is still that of an extension header where the
+/// search ends before: in a fragment, as only the first one of a packet has ports and all are to have one hash.
 fn skip_extensions(frame: &[u8], mut next: u8, mut at: usize) -> (u8, usize) {
     for _ in 0..MOST_EXTENSIONS {
         if next != FRAGMENT && !EXTENSIONS.contains(&next) {

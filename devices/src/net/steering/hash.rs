@@ -1,4 +1,4 @@
-//! The Toeplitz hash (virtio 1.3 §5.1.6.4.3, and Microsoft's "RSS hashing functions").
+//! The Toeplitz hash (virtio 1.2 §5.1.6.4.3, and Microsoft's "RSS hashing functions").
 
 use super::flow::{Flow, LONGEST};
 use super::layout::{NIBBLES, VALUES};

@@ -1,4 +1,4 @@
-//! Receive-side scaling: which queue pair receives a frame, and what its hash is (virtio 1.3 §5.1.6.4.3, §5.1.6.5.7).
+//! Receive-side scaling: which queue pair receives a frame, and what its hash is (virtio 1.2 §5.1.6.4.3, §5.1.6.5.7).
 //!
 //! A tap with several queues puts each frame into one of them before we see it, so the choice is made in the kernel, by a
 //! program of ours ([`program`]). It is loaded once, when the card is made, and never changes: what the driver wants lies in

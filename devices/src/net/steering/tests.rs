@@ -48,7 +48,7 @@ fn config(types: u32, unclassified: u16, table: &[u16]) -> RssConfig {
 fn steering() -> Option<Steering> {
     match Steering::new() {
         Ok(steering) => Some(steering),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
             eprintln!("SKIPPED: this test needs root (CAP_BPF and CAP_PERFMON)");
             None
         }

@@ -132,7 +132,8 @@ fn scribble(card: &mut Card, index: usize, garbage: &mut Garbage, buffers: u64) 
 
 #[test]
 fn a_hundred_thousand_chains_of_garbage_neither_stop_nor_break_the_card() {
-    let features = INDIRECT_DESC | EVENT_IDX | bit(features::CTRL_VQ) | bit(features::MRG_RXBUF);
+    let coalescing = bit(features::NOTF_COAL) | bit(features::VQ_NOTF_COAL);
+    let features = INDIRECT_DESC | EVENT_IDX | bit(features::CTRL_VQ) | bit(features::MRG_RXBUF) | coalescing;
     let mut card = Card::running(1, 32, features);
     let mut garbage = Garbage(0x9e37_79b9_7f4a_7c15);
     let buffers = card.driver.allocate(1 << 20, 4096);
@@ -140,6 +141,10 @@ fn a_hundred_thousand_chains_of_garbage_neither_stop_nor_break_the_card() {
     let mut data = vec![0; 70_000];
     let mut resets = 0;
     for round in 0..100_000 / 24 {
+        // Some of what the control queue reads holds interrupts back.
+        let [packets, usecs] = [garbage.below(20) as u8, garbage.below(200) as u8];
+        let command = [6, garbage.below(4) as u8, packets, 0, 0, 0, usecs, 0, 0, 0];
+        card.driver.write(buffers + garbage.below(8192), &command);
         for index in [RX, TX, 2] {
             scribble(&mut card, index, &mut garbage, buffers);
         }

@@ -45,7 +45,7 @@ pub(super) fn is_possible() -> bool {
     let (tap, _host) = double(2);
     match VirtioNet::new(rss_options(tap, 2), &PlainThreads, Arc::new(crate::NoNotifier)) {
         Ok(_) => true,
-        Err(NetError::Steering { .. }) => {
+        Err(NetError::Steering { error, .. }) if error.raw_os_error() == Some(libc::EPERM) => {
             eprintln!("SKIPPED: this test needs root (CAP_BPF and CAP_PERFMON)");
             false
         }
