@@ -45,7 +45,7 @@ pub(super) fn obey(shared: &Shared, command: Command) -> Outcome {
         return Outcome::Refused;
     }
     let others = shared.max_pairs().saturating_sub(1);
-    if others == 0 || !matches!(command, Command::Pairs(_) | Command::Steer(_)) {
+    if others == 0 || !matches!(command, Command::Pairs(_) | Command::Steer(_) | Command::Hash(_)) {
         return Outcome::Done;
     }
     shared.pairs_waiting.store(others, Ordering::SeqCst);

@@ -57,9 +57,9 @@ pub(super) struct Shared {
     pub(super) announcements: AtomicU64,
     /// Queue pairs in use. Set by the first worker.
     pub(super) pairs: AtomicU16,
-    /// Grows with each change of `pairs`.
+    /// Grows with each change of `pairs` or `hasher`, which is in force once all workers follow it.
     pub(super) pairs_generation: AtomicU64,
-    /// Workers that have yet to follow the last change of `pairs`.
+    /// Workers that have yet to follow the last of these changes.
     pub(super) pairs_waiting: AtomicU16,
     /// Workers that have yet to stop.
     pub(super) draining: AtomicU16,

@@ -85,7 +85,8 @@ pub(super) struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Shows the driver what was used in `lane`, and interrupts it when it wants that: `at_once` in any case.
+    /// Shows the driver what was used in `lane`, and interrupts it when it wants that, or `at_once`: what was done before a
+    /// broken chain is done.
     pub(super) fn settle(&self, lane: &mut Lane, interrupts: &Counter, at_once: bool) -> Result<(), RingError> {
         if at_once {
             return lane.flush(self.memory, interrupts);
@@ -396,7 +397,7 @@ impl Worker {
         }
     }
 
-    /// Confirms that this worker works by the present number of pairs, which the first one waits for.
+    /// Confirms that this worker works by the present number of pairs and the present hashes, which the first one waits for.
     fn follow_pairs(&mut self) {
         let Some(running) = &mut self.running else { return };
         let shared = &self.shared;
