@@ -17,6 +17,7 @@ mod rx;
 mod shared;
 mod sys;
 pub mod tap;
+mod tap_fds;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -25,7 +26,8 @@ mod worker;
 use std::io;
 
 pub use device::{NetError, NetHandle, NetOptions, NetState, VirtioNet};
-pub use tap::{Tap, TapError};
+pub use tap::{Tap, TapError, open_queues};
+pub use tap_fds::{TapFds, is_tap};
 
 /// Ethernet header with two VLAN tags.
 const ETHERNET: usize = 14 + 8;

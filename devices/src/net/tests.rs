@@ -1,6 +1,7 @@
 //! Ring-level tests of the card. Its tap is a pair of sockets that keep frames apart, or a real one where the machine has any.
 
 mod control;
+mod descriptors;
 mod hostile;
 mod identity;
 mod lifecycle;
