@@ -13,17 +13,19 @@ use tokio::sync::oneshot;
 use utoipa::ToSchema;
 
 use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, Link, NicConfig, NicPatch, VmConfig};
+use crate::descriptors::Descriptors;
 use crate::events::EventLog;
 use crate::problem::{Code, Problem};
 use crate::state::{Action, RequestKind, VmState};
 
 /// What a client wants.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Request {
     /// Describe the VM. Answer: [`Response::Vm`].
     Describe,
-    /// Give the VM this (valid) configuration. Answer: [`Response::VmCreated`] if there was none, else [`Response::Vm`].
-    Define(Box<VmConfig>),
+    /// Give the VM this (valid) configuration, with the descriptors that were passed for its NICs. Answer:
+    /// [`Response::VmCreated`] if there was none, else [`Response::Vm`].
+    Define(Box<VmConfig>, Descriptors),
     /// Drop the configuration. Answer: [`Response::Deleted`].
     Forget,
     /// Act on the guest. Answer, when the action has taken effect: [`Response::Vm`].
@@ -49,9 +51,9 @@ pub enum Request {
     ListNics,
     /// Answer: [`Response::Nic`].
     GetNic(String),
-    /// Add or replace a NIC, checked by itself but not against the VM ([`VmConfig::with_nic`]). Answer:
-    /// [`Response::NicCreated`] or [`Response::Nic`].
-    PutNic(Box<NicConfig>),
+    /// Add or replace a NIC, checked by itself but not against the VM ([`VmConfig::with_nic`]), with the descriptors that
+    /// were passed for it. Answer: [`Response::NicCreated`] or [`Response::Nic`].
+    PutNic(Box<NicConfig>, Descriptors),
     /// Change a NIC. Answer: [`Response::Nic`].
     PatchNic(String, Box<NicPatch>),
     /// Tell the network where a NIC is. Answer: [`Response::Nic`].
@@ -71,10 +73,10 @@ impl Request {
             | Self::GetDiskGroup(_)
             | Self::ListNics
             | Self::GetNic(_) => RequestKind::Query,
-            Self::Define(_) => RequestKind::Define,
+            Self::Define(..) => RequestKind::Define,
             Self::Forget => RequestKind::Forget,
             Self::Act(action) => RequestKind::Act(*action),
-            Self::PutDisk(_) | Self::DeleteDisk(_) | Self::PutNic(_) | Self::DeleteNic(_) => RequestKind::EditDevices,
+            Self::PutDisk(_) | Self::DeleteDisk(_) | Self::PutNic(..) | Self::DeleteNic(_) => RequestKind::EditDevices,
             Self::PatchDisk(..) | Self::PatchDiskGroup(..) | Self::PatchNic(..) | Self::AnnounceNic(_) => {
                 RequestKind::PatchDevice
             }
@@ -243,6 +245,9 @@ pub struct NicInfo {
     pub pci: String,
     /// Whether the cable is plugged in.
     pub link: Link,
+    /// The name of its tap; of one that came as descriptors, the name that it had when they were taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
     /// What it did since the VM was booted.
     pub counters: NicCounters,
     /// The configuration, with all defaults filled in.

@@ -8,6 +8,7 @@
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod descriptors;
 pub mod events;
 pub mod problem;
 pub mod server;

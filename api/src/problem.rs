@@ -57,6 +57,8 @@ codes! {
     MalformedBody = "malformed-body", 400, "The document cannot be parsed";
     /// A body came with a request that takes none.
     UnexpectedBody = "unexpected-body", 400, "This request takes no body";
+    /// Descriptors came that the request takes none of, or others than it asks for, or too many.
+    BadDescriptors = "bad-descriptors", 400, "The descriptors cannot be taken";
     /// No such path below `/v1`.
     NoSuchPath = "no-such-path", 404, "No such path";
     /// No VM is defined in this process.

@@ -7,6 +7,7 @@ mod support;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
 
+use rackvisor_api::config::TapFds;
 use rackvisor_api::events::Event;
 use rackvisor_api::state::{GuestEvent, VmState};
 use serde_json::Value;
@@ -83,6 +84,37 @@ fn tables_are_for_people_and_json_is_for_programs() {
     assert!(shown.contains("memory   2GiB, pages thp\n") && shown.contains("(link down)"), "{shown}");
     let vm: Value = serde_json::from_str(&good(&stage, "show --json")).unwrap();
     assert_eq!(vm["config"]["memory"]["size"], "2GiB");
+}
+
+#[test]
+fn descriptors_that_rackctl_was_started_with_are_passed_on() {
+    let stage = defined();
+    let mut config = rackvisor_api::testing::small_config();
+    (config.nics[0].tap, config.nics[0].tap_fds) = (None, Some(TapFds::Passed(1)));
+    std::fs::write(stage.folder.path().join("passed.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+    if let Err(error) = std::fs::File::open("/dev/net/tun") {
+        return eprintln!("SKIPPED: this test needs /dev/net/tun: {error}");
+    }
+    let run = |line: &str| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("exec {} {line} 7<>/dev/net/tun", env!("CARGO_BIN_EXE_rackctl"))]);
+        shell.env("RACKVISOR_SOCKET", &stage.socket).current_dir(stage.folder.path());
+        let Output { status, stdout, stderr } = shell.stdin(Stdio::null()).output().unwrap();
+        (status.code().unwrap(), [stdout, stderr].concat())
+    };
+    let (status, told) = run("define passed.json --tap-fd 7");
+    assert_eq!((status, told.as_slice()), (0, b"vm1 is defined\n".as_slice()), "{}", String::from_utf8_lossy(&told));
+    assert!(good(&stage, "show").contains("on a tap 1 passed"), "{}", good(&stage, "show"));
+    for (line, told) in [
+        ("define passed.json --tap-fd 8", "descriptor 8"),
+        ("define passed.json", "bad-descriptors"),
+        ("define passed.json --tap-fd 7 --tap-fd 7", "bad-descriptors"),
+        ("define linux.json --tap-fd 7", "bad-descriptors"),
+    ] {
+        let (status, answer) = run(line);
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(status == 1 && answer.contains(told), "{line}: {answer}");
+    }
 }
 
 #[test]

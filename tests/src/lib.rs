@@ -36,7 +36,7 @@ pub use process::{Census, Mappings, assert_nothing_more};
 pub use programs::{good, output, rackctl};
 pub use san::{San, san_is_missing};
 pub use spoil::spoil_everything;
-pub use tap::{Rarps, Tap};
+pub use tap::{Rarps, Tap, taps_are_missing};
 pub use terminal::Terminal;
 pub use tiny::Tiny;
 pub use vmm::{Rackvisor, rackctl_binary, rackvisor_binary};

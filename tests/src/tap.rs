@@ -6,12 +6,18 @@ use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use rackvisor_api::config::NicConfig;
+use rackvisor_api::config::{NicConfig, TapFds};
+use rackvisor_devices::net::open_queues;
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, sockopt};
 
 use crate::PATIENCE;
 
 static NUMBER: AtomicU8 = AtomicU8::new(0);
+
+/// Why taps cannot be made here.
+pub fn taps_are_missing() -> Option<String> {
+    open_queues(&format!("rvp{}", std::process::id()), 1).err().map(|error| error.to_string())
+}
 
 /// A tap of the host with an address, removed when dropped. Each has a network of its own: the host is .1, the guest .2.
 pub struct Tap {
@@ -72,6 +78,16 @@ impl Tap {
     /// A NIC on it.
     pub fn nic(&self) -> NicConfig {
         NicConfig::new("net0", self.name.clone(), "52:54:00:12:34:56".parse().unwrap())
+    }
+
+    /// A NIC on it that has its only queue as a descriptor.
+    pub fn nic_with(&self, tap_fds: TapFds) -> NicConfig {
+        NicConfig { tap: None, tap_fds: Some(tap_fds), ..self.nic() }
+    }
+
+    /// Its only queue, as a host agent opens it.
+    pub fn queue(&self) -> OwnedFd {
+        open_queues(&self.name, 1).unwrap().remove(0)
     }
 
     /// What makes the guest use it.

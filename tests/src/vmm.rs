@@ -1,6 +1,7 @@
 //! The real binary in a folder of its own.
 
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -32,6 +33,17 @@ fn sibling(name: &str) -> PathBuf {
     path
 }
 
+const CAP_NET_ADMIN: u64 = 1 << 12;
+const CAP_NET_RAW: u64 = 1 << 13;
+
+/// `rackvisor` without privileges in the network, with its standard input as descriptor 3.
+fn without_net_admin() -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "exec setpriv --bounding-set=-net_admin,-net_raw \"$0\" \"$@\" 3<&0 0</dev/null"]);
+    shell.arg(rackvisor_binary());
+    shell
+}
+
 /// A running `rackvisor`. Dropping it kills it; after a failure its log is shown.
 pub struct Rackvisor {
     process: Child,
@@ -48,15 +60,28 @@ impl Rackvisor {
 
     /// Starts it with more arguments.
     pub fn start_with(arguments: &[&str]) -> Self {
+        Self::start_by(Command::new(rackvisor_binary()).stdin(Stdio::null()), arguments)
+    }
+
+    /// Starts it without privileges in the network; it inherits `tap` as descriptor 3.
+    pub fn start_unprivileged(tap: OwnedFd, arguments: &[&str]) -> Self {
+        let vmm = Self::start_by(without_net_admin().stdin(tap), arguments);
+        let status = fs::read_to_string(format!("/proc/{}/status", vmm.pid())).unwrap();
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim().to_owned();
+        let bits = u64::from_str_radix(&effective, 16).unwrap();
+        assert_eq!(bits & (CAP_NET_ADMIN | CAP_NET_RAW), 0, "it has privileges: {effective}");
+        vmm
+    }
+
+    fn start_by(command: &mut Command, arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("api.sock");
         let log = File::create(folder.path().join("log")).unwrap();
-        let process = Command::new(rackvisor_binary())
+        let process = command
             .arg("--api-socket")
             .arg(&socket)
             .args(arguments)
             .current_dir(folder.path())
-            .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()

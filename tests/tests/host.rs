@@ -5,8 +5,13 @@
 use std::fs;
 use std::process::Command;
 
+use rackvisor_api::VmConfig;
+use rackvisor_api::config::{NicConfig, TapFds};
+use rackvisor_api::problem::Code;
 use rackvisor_api::state::VmState;
-use rackvisor_tests::{Rackvisor, Tiny, assert_nothing_more, good, output, rackvisor_binary, spoil_everything};
+use rackvisor_tests::{
+    Rackvisor, Tap, Tiny, assert_nothing_more, good, output, rackvisor_binary, skip, spoil_everything, taps_are_missing,
+};
 
 #[test]
 fn ten_thousand_bad_bodies_get_4xx_and_change_nothing() {
@@ -62,4 +67,69 @@ fn completion_scripts_know_the_commands() {
     let script = good(&vmm, "completion bash");
     let (status, _, err) = output(Command::new("bash").args(["-n", "-c", &script]));
     assert_eq!(status, 0, "{err}");
+}
+
+/// A NIC beside the one of the first tap.
+fn second(nic: NicConfig) -> NicConfig {
+    NicConfig { id: "net1".into(), mac: "52:54:00:12:34:57".parse().unwrap(), ..nic }
+}
+
+#[test]
+fn taps_that_the_vmm_was_started_with_or_was_passed_need_no_privilege() {
+    if let Some(why) = taps_are_missing() {
+        return skip(&why);
+    }
+    let (inherited, passed, late) = (Tap::new(), Tap::new(), Tap::new());
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = Tiny::idle().config(folder.path());
+    config.nics = vec![inherited.nic_with(TapFds::Inherited(vec![3]))];
+    let file = folder.path().join("vm.json");
+    fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();
+    let vmm = Rackvisor::start_unprivileged(inherited.queue(), &["--config", file.to_str().unwrap()]);
+    assert_eq!(vmm.client.nic("net0").unwrap().tap, Some(inherited.name.clone()));
+    let census = vmm.census();
+
+    let by_fd = second(passed.nic_with(TapFds::Passed(1)));
+    for tap in [&passed, &late] {
+        let put = vmm.client.put_nic_with_fds(&by_fd, vec![tap.queue()]).unwrap();
+        assert_eq!(put.tap, Some(tap.name.clone()));
+    }
+    assert_eq!(vmm.client.put_nic_with_fds(&by_fd, Vec::new()).unwrap_err().code(), Some(Code::BadDescriptors));
+    // Its first tap is free again, and the one that it inherited may be named in another definition.
+    drop(passed.queue());
+    vmm.client.define(&config).unwrap();
+    drop(late.queue());
+    config.name = "other".into();
+    vmm.client.define(&config).unwrap();
+    // No descriptor of its own is taken for one that it inherited.
+    for number in 4..40 {
+        let nic = second(late.nic_with(TapFds::Inherited(vec![number])));
+        let refused = vmm.client.put_nic(&nic).unwrap_err();
+        assert_eq!(refused.code(), Some(Code::Unusable), "{refused}");
+        assert!(refused.to_string().contains(&format!("descriptor {number} ")), "{refused}");
+    }
+    assert_eq!(vmm.client.describe().unwrap().config, config);
+    assert_nothing_more(vmm.pid(), &census);
+    vmm.client.forget().unwrap();
+    vmm.client.define(&config).unwrap();
+}
+
+#[test]
+fn a_configuration_file_that_names_descriptors_which_are_not_there_ends_the_program() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config: VmConfig = Tiny::idle().config(folder.path());
+    let mac = "52:54:00:12:34:56".parse().unwrap();
+    for (tap_fds, told) in [
+        (TapFds::Inherited(vec![3]), "descriptor 3 is no tap that the VMM was started with"),
+        (TapFds::Passed(1), "a configuration file can only name inherited ones"),
+    ] {
+        config.nics = vec![NicConfig { tap: None, tap_fds: Some(tap_fds), ..NicConfig::new("net0", "", mac) }];
+        fs::write(folder.path().join("vm.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+        for line in ["run vm.json", "--api-socket s --config vm.json", "--api-socket s --config vm.json --boot"] {
+            let words = line.split_whitespace();
+            let (status, _, err) = output(Command::new(rackvisor_binary()).args(words).current_dir(folder.path()));
+            assert!(status == 1 && err.contains(told), "rackvisor {line}: {status}: {err}");
+        }
+    }
+    assert!(!folder.path().join("s").exists(), "a socket is left behind");
 }

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::thread;
 
-use rackvisor_api::config::{Link, NicConfig, NicPatch};
+use rackvisor_api::config::{Link, NicConfig, NicPatch, TapFds};
 use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::Action;
@@ -212,4 +212,40 @@ fn an_announcement_is_on_the_wire_five_times() {
     }
     vmm.client.act(Action::Shutdown).unwrap();
     assert_eq!(vmm.client.announce_nic("net0").unwrap_err().code(), Some(Code::WrongState));
+}
+
+#[test]
+fn a_vmm_without_privileges_has_taps_that_it_was_started_with_and_that_it_was_passed() {
+    needs_kvm!();
+    let (inherited, passed) = (Tap::new(), Tap::new());
+    let vmm = Rackvisor::start_unprivileged(inherited.queue(), &[]);
+    // The other way is barred: it could not even open its own tap.
+    let mut config = linux();
+    config.nics = vec![NicConfig { tap: Some("rvnone".into()), ..inherited.nic() }];
+    vmm.client.define(&config).unwrap();
+    let refused = vmm.client.act(Action::Boot).unwrap_err();
+    assert!(refused.to_string().contains("CAP_NET_ADMIN"), "{refused}");
+
+    let guest = reachable(&vmm, &inherited, |nic| (nic.tap, nic.tap_fds) = (None, Some(TapFds::Inherited(vec![3]))));
+    vmm.client.act(Action::Shutdown).unwrap();
+    drop(guest);
+    let mut config = vmm.client.describe().unwrap().config;
+    let console = config.serial.path.clone().unwrap();
+    let boots_and_answers = |tap: &Tap| {
+        vmm.client.act(Action::Boot).unwrap();
+        let mut guest = Guest::connect(&console);
+        guest.wait_ready();
+        guest.ok(&format!("ping -c 1 {}", tap.host()));
+        assert_eq!(vmm.client.nic("net0").unwrap().tap, Some(tap.name.clone()));
+        vmm.client.act(Action::Shutdown).unwrap();
+    };
+    boots_and_answers(&inherited);
+    config.nics = vec![passed.nic_with(TapFds::Passed(1))];
+    config.boot.as_mut().unwrap().cmdline = linux().boot.unwrap().cmdline + &passed.cmdline();
+    vmm.client.define_with_fds(&config, vec![passed.queue()]).unwrap();
+    boots_and_answers(&passed);
+    boots_and_answers(&passed);
+    drop(passed);
+    let refused = vmm.client.act(Action::Boot).unwrap_err();
+    assert!(refused.to_string().contains("its tap was deleted"), "{refused}");
 }

@@ -6,10 +6,13 @@ mod serve;
 use std::process::ExitCode;
 
 use clap::Parser;
+use rackvisor::assembly::InheritedTaps;
 
 use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    // Before anything is opened that could be taken for inherited.
+    let inherited_taps = InheritedTaps::find();
     let cli = Cli::parse();
     cli.start_log();
     let outcome = match cli.command {
@@ -18,8 +21,8 @@ fn main() -> ExitCode {
             print!("{report}");
             return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
         }
-        Some(Command::Run { file }) => serve::run(&file),
-        None => serve::serve(&cli.serve),
+        Some(Command::Run { file }) => serve::run(&file, inherited_taps),
+        None => serve::serve(&cli.serve, inherited_taps),
     };
     match outcome {
         Ok(code) => code,

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
 use rackvisor::VmConfig;
-use rackvisor::assembly::{HostOptions, StdioHooks};
+use rackvisor::assembly::{HostOptions, InheritedTaps, StdioHooks};
 use rackvisor::control::{ControlLoop, LastWord, Lifetime, Mailbox, Message};
 use rackvisor_api::config::{SerialConfig, SerialMode};
 use rackvisor_api::server::Server;
@@ -26,11 +26,11 @@ pub const EXIT_UNFIT: u8 = 4;
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
 /// Serves the API until a signal ends the process.
-pub fn serve(options: &Serve) -> Outcome {
+pub fn serve(options: &Serve, inherited_taps: InheritedTaps) -> Outcome {
     let socket = options.api_socket.as_deref().ok_or("--api-socket is missing")?;
     let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
-    let lifetime = if options.boot { Lifetime::BootOrEnd } else { Lifetime::Served };
-    let mut control = ControlLoop::new(Arc::new(PlainThreads), lifetime, HostOptions::default())?;
+    let host = HostOptions { inherited_taps, ..HostOptions::default() };
+    let mut control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::Served, host)?;
     let server = Server::bind(socket)?;
     control.end_on(signals(&[SIGTERM, SIGINT])?);
     // A terminal that goes away must not take the VM along.
@@ -48,7 +48,7 @@ pub fn serve(options: &Serve) -> Outcome {
 }
 
 /// Boots the VM of `file` with its console on this terminal, and ends with it.
-pub fn run(file: &Path) -> Outcome {
+pub fn run(file: &Path, inherited_taps: InheritedTaps) -> Outcome {
     let mut config = VmConfig::from_file(file)?;
     config.serial = SerialConfig { mode: SerialMode::Stdio, path: None };
     // The loop makes the mailbox that the hook, which the loop is made with, writes to.
@@ -59,7 +59,7 @@ pub fn run(file: &Path) -> Outcome {
             mailbox.send(Message::Terminate);
         }
     };
-    let options = HostOptions { stdio: StdioHooks { escape: Some(Arc::new(leave)) } };
+    let options = HostOptions { stdio: StdioHooks { escape: Some(Arc::new(leave)) }, inherited_taps };
     let mut control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::WithGuest, options)?;
     let _ = mailbox.set(control.handle().mailbox);
     control.end_on(signals(&[SIGTERM, SIGINT, SIGHUP])?);

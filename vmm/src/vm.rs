@@ -1,5 +1,6 @@
 //! Rackvisor as a library: a VM in this process, driven by the same controller that the HTTP server calls.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -41,6 +42,14 @@ impl Vm {
     /// # Errors
     /// The [`Problem`] with the configuration, or what the host refused.
     pub fn define(config: VmConfig) -> Result<Self, Problem> {
+        Self::define_with_fds(config, Vec::new())
+    }
+
+    /// As [`Vm::define`], with the descriptors of taps that are passed for its NICs, in their order.
+    ///
+    /// # Errors
+    /// As [`Vm::define`]; `bad-descriptors` if there are more or less than the NICs want.
+    pub fn define_with_fds(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Self, Problem> {
         let host =
             |e: &dyn std::fmt::Display| Problem::new(Code::OutOfResources, e.to_string(), "free some on the host");
         let control =
@@ -53,7 +62,7 @@ impl Vm {
         };
         let thread = std::thread::Builder::new().name("control".into()).spawn(body).map_err(|e| host(&e))?;
         let vm = Self { handle, thread: Some(thread) };
-        vm.request(Request::Define(Box::new(config)))?;
+        vm.request(Request::Define(Box::new(config), fds.into()))?;
         Ok(vm)
     }
 

@@ -4,15 +4,20 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
 use rackvisor::{Action, Problem, Vm, VmConfig, VmState};
-use rackvisor_api::config::{BootConfig, CpusConfig, DiskConfig, HugePages, MemoryConfig, Topology};
+use rackvisor_api::config::{
+    BootConfig, CpusConfig, DiskConfig, HugePages, MacAddr, MemoryConfig, NicConfig, NicPatch, TapFds, Topology,
+};
 use rackvisor_api::control::{DeviceState, Request, Response};
+use rackvisor_api::descriptors::Descriptors;
 use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::{RequestKind, decide};
+use rackvisor_devices::net::open_queues;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -74,11 +79,36 @@ impl Place {
         config
     }
 
+    /// A configuration with a NIC that wants this many passed descriptors.
+    fn with_nic(&self, passed: u16) -> VmConfig {
+        let mut config = self.config(SPIN);
+        config.nics.push(nic("net0", 1, passed));
+        config
+    }
+
     fn disk(&self, id: &str) -> DiskConfig {
         let path = self.folder.path().join(id);
         fs::File::create(&path).unwrap().write_all(&[0; 4096]).unwrap();
         DiskConfig::new(id, path)
     }
+}
+
+fn nic(id: &str, last: u8, passed: u16) -> NicConfig {
+    let (tap_fds, mac) = (Some(TapFds::Passed(passed)), MacAddr::new([2, 0, 0, 0, 0, last]).unwrap());
+    NicConfig { tap: None, tap_fds, queues: passed, ..NicConfig::new(id, "", mac) }
+}
+
+/// Queues of a new tap that goes with the last of them; `None`, said aloud, where this process may make none.
+fn queues(name: &str, count: u16) -> Option<Vec<OwnedFd>> {
+    open_queues(&tap_name(name), count).map_err(|error| eprintln!("SKIPPED: a VM with a tap: {error}")).ok()
+}
+
+fn tap_name(name: &str) -> String {
+    format!("{name}{}", std::process::id())
+}
+
+fn is_there(name: &str) -> bool {
+    Path::new("/sys/class/net").join(tap_name(name)).exists()
 }
 
 fn state(vm: &Vm) -> VmState {
@@ -148,7 +178,7 @@ fn vm_in(place: &Place, wanted: VmState) -> Vm {
 
 fn request(kind: RequestKind, place: &Place) -> Request {
     match kind {
-        RequestKind::Define => Request::Define(Box::new(place.config(SPIN))),
+        RequestKind::Define => Request::Define(Box::new(place.config(SPIN)), Descriptors::default()),
         RequestKind::Forget => Request::Forget,
         RequestKind::Query => Request::Describe,
         RequestKind::EditDevices => Request::PutDisk(Box::new(place.disk("data"))),
@@ -165,7 +195,7 @@ fn every_request_in_every_state_does_what_the_state_table_says() {
             let vm = vm_in(&place, from);
             if (from, kind) == (VmState::Crashed, RequestKind::Act(Action::Boot)) {
                 // It would crash again at once: the table says where the boot leads, not what the guest does there.
-                vm.request(Request::Define(Box::new(place.config(SPIN)))).unwrap();
+                vm.request(Request::Define(Box::new(place.config(SPIN)), Descriptors::default())).unwrap();
             }
             let outcome = vm.request(request(kind, &place));
             match decide(from, kind) {
@@ -234,7 +264,7 @@ fn a_failed_boot_says_what_is_wrong_and_changes_nothing() {
 
     config.disks[0] = place.disk("gone");
     fs::write(place.folder.path().join("kernel"), b"not a kernel").unwrap();
-    vm.request(Request::Define(Box::new(config))).unwrap();
+    vm.request(Request::Define(Box::new(config), Descriptors::default())).unwrap();
     assert_eq!(code(vm.boot()), Code::BadImage);
     assert_eq!(state(&vm), VmState::Defined);
 }
@@ -294,4 +324,89 @@ fn every_kind_of_memory_carries_a_guest_and_huge_pages_that_are_not_there_are_re
             }
         }
     }
+}
+
+#[test]
+fn a_tap_that_was_passed_serves_one_boot_after_the_other_until_its_nic_goes() {
+    let Some(place) = Place::new() else { return };
+    let Some(tap) = queues("rva", 2) else { return };
+    let vm = Vm::define_with_fds(place.with_nic(2), tap).unwrap();
+    let shown = |vm: &Vm| match vm.request(Request::GetNic("net0".into())).unwrap() {
+        Response::Nic(info) => info.tap,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(shown(&vm), Some(tap_name("rva")));
+    for _ in 0..3 {
+        vm.boot().unwrap();
+        vm.act(Action::Pause).unwrap();
+        vm.act(Action::Resume).unwrap();
+        vm.act(Action::Shutdown).unwrap();
+        assert!(is_there("rva"));
+    }
+    // What is not about the descriptors leaves them alone; what comes without its own changes nothing.
+    let patch: NicPatch = rackvisor_api::config::json(br#"{"mtu":1400}"#).unwrap();
+    vm.request(Request::PatchNic("net0".into(), Box::new(patch))).unwrap();
+    let again = Request::PutNic(Box::new(nic("net0", 1, 2)), Descriptors::default());
+    assert_eq!(code(vm.request(again)), Code::BadDescriptors);
+    assert_eq!(vm.describe().unwrap().config.nics[0].mtu, Some(1400));
+    vm.boot().unwrap();
+    vm.act(Action::Shutdown).unwrap();
+
+    let other = queues("rvb", 1).unwrap();
+    vm.request(Request::PutNic(Box::new(nic("net0", 1, 1)), other.into())).unwrap();
+    assert!(!is_there("rva"), "an answer comes when the descriptors are closed");
+    assert_eq!(shown(&vm), Some(tap_name("rvb")));
+    vm.boot().unwrap();
+    vm.act(Action::Shutdown).unwrap();
+    vm.request(Request::DeleteNic("net0".into())).unwrap();
+    assert!(!is_there("rvb"));
+
+    for last_word in
+        [Some(Request::Forget), Some(Request::Define(place.config(SPIN).into(), Descriptors::default())), None]
+    {
+        let vm = Vm::define_with_fds(place.with_nic(1), queues("rva", 1).unwrap()).unwrap();
+        match last_word {
+            Some(request) => drop(vm.request(request).unwrap()),
+            None => drop(vm),
+        }
+        assert!(!is_there("rva"));
+    }
+}
+
+#[test]
+fn descriptors_that_cannot_be_used_are_refused_with_the_definition_and_change_nothing() {
+    let Some(place) = Place::new() else { return };
+    let Some(tap) = queues("rvc", 2) else { return };
+    let theirs = tap[1].try_clone().unwrap();
+    let vm = Vm::define_with_fds(place.with_nic(1), vec![tap[0].try_clone().unwrap()]).unwrap();
+    let before = vm.describe().unwrap().config;
+    let other = queues("rvd", 2).unwrap();
+    let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
+    let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
+    let tun = || OwnedFd::from(fs::File::open("/dev/net/tun").unwrap());
+    let single = queues("rve", 1).unwrap();
+    for (fds, wanted, told) in [
+        (vec![null()], Code::Unusable, "descriptor 0"),
+        (vec![copy(&other[0]), tun()], Code::Unusable, "descriptor 1"),
+        (vec![copy(&other[0]), copy(&other[0])], Code::Unusable, "are one queue of tap rvd"),
+        (vec![copy(&other[0]), copy(&tap[1])], Code::Unusable, "both tap rvd"),
+        (vec![copy(&single[0]), copy(&single[0])], Code::Unusable, "IFF_MULTI_QUEUE"),
+        (vec![theirs], Code::Duplicate, "is also that of NIC \"net0\""),
+    ] {
+        let nic = nic("net1", 2, fds.len().try_into().unwrap());
+        let problem = vm.request(Request::PutNic(Box::new(nic), fds.into())).unwrap_err();
+        assert_eq!((problem.code, problem.pointer.as_deref()), (wanted, Some("/tap_fds")), "{problem}");
+        assert!(problem.detail.contains("\"net1\"") && problem.detail.contains(told), "{problem}");
+        assert_eq!(vm.describe().unwrap().config, before);
+    }
+    let problem = Vm::define_with_fds(place.with_nic(1), vec![null()]).err().unwrap();
+    assert_eq!((problem.code, problem.pointer.as_deref()), (Code::Unusable, Some("/nics/0/tap_fds")), "{problem}");
+    let mut config = place.config(SPIN);
+    config.nics.push(NicConfig { tap_fds: Some(TapFds::Inherited(vec![1000])), ..nic("net0", 1, 1) });
+    let problem = Vm::define(config).err().unwrap();
+    assert!(problem.detail.contains("1000") && problem.detail.contains("\"net0\""), "{problem}");
+    drop((tap, other, single));
+    vm.boot().unwrap();
+    drop(vm);
+    assert!(!["rvc", "rvd", "rve"].into_iter().any(is_there));
 }

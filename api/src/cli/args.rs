@@ -51,6 +51,10 @@ pub enum Command {
         /// The file (*.toml is TOML, everything else JSON); - reads JSON from standard input. Relative paths in it
         /// start at the working directory of the VMM
         file: PathBuf,
+        /// A descriptor of a tap that rackctl was started with, which is passed to the VMM. Once for each that the file
+        /// wants (tap_fds = { passed = … }), in the order of the NICs
+        #[arg(long, value_name = "NUMBER")]
+        tap_fd: Vec<u32>,
     },
     /// Describe the VM: state, configuration, devices
     Show,

@@ -51,7 +51,9 @@ pub fn nic(client: &Client, output: &Output, command: &NicCommand) -> Result<(),
             output.value(&client.put_nic(&nic)?, tables::nic)
         }
         NicCommand::Patch { id, tap, mac, options, unset } => {
-            let patch = NicPatch { tap: set(tap), mac: set(mac), ..nic_patch(options, unset) };
+            // A name takes the place of descriptors.
+            let tap_fds = if tap.is_some() { Patch::Clear } else { Patch::Keep };
+            let patch = NicPatch { tap: set(tap), tap_fds, mac: set(mac), ..nic_patch(options, unset) };
             output.value(&client.patch_nic(id, &patch)?, tables::nic)
         }
         NicCommand::Announce { id } => output.value(&client.announce_nic(id)?, tables::nic),
@@ -122,6 +124,7 @@ fn limits_patch(options: &LimitOptions, unset: &[String]) -> Patch<LimitsPatch> 
 fn nic_patch(options: &NicOptions, unset: &[String]) -> NicPatch {
     NicPatch {
         tap: Patch::Keep,
+        tap_fds: Patch::Keep,
         mac: Patch::Keep,
         queues: property(&options.queues, "queues", unset),
         queue_size: property(&options.queue_size, "queue_size", unset),

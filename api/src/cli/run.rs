@@ -1,12 +1,14 @@
 //! What each command does.
 
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use rackvisor_api::client::Client;
+use rackvisor_api::descriptors::OwnDescriptors;
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::server::MAX_BODY;
 use rackvisor_api::state::{Action, VmState};
@@ -33,7 +35,10 @@ pub fn run(cli: &Cli, output: &Output) -> Result<(), Failure> {
     let client = Client::new(socket);
     match &cli.command {
         Command::Version => version(&client, output),
-        Command::Define { file } => output.value(&client.define(&read_config(file)?)?, tables::vm_line),
+        Command::Define { file, tap_fd } => {
+            let vm = client.define_with_fds(&read_config(file)?, inherited(tap_fd)?)?;
+            output.value(&vm, tables::vm_line)
+        }
         Command::Show => output.value(&client.describe()?, tables::vm),
         Command::Boot => act(&client, output, Action::Boot, "booting"),
         Command::Pause => act(&client, output, Action::Pause, "pausing"),
@@ -86,6 +91,16 @@ fn power_off(client: &Client, output: &Output, timeout: Option<Duration>) -> Res
     let ended = [VmState::Stopped, VmState::Crashed];
     with_spinner(!output.json, "waiting for the guest to power off", || client.wait_for(&ended, timeout))?;
     output.value(&client.describe()?, tables::vm_line)
+}
+
+/// Descriptors that this process was started with.
+fn inherited(numbers: &[u32]) -> Result<Vec<OwnedFd>, Problem> {
+    let missing = |number: &u32, error: std::io::Error| {
+        let detail = format!("descriptor {number} cannot be passed: {error}");
+        Problem::new(Code::Unusable, detail, "start rackctl with the tap open as this descriptor")
+    };
+    let copy = |number: &u32| OwnDescriptors::new()?.copy(*number);
+    numbers.iter().map(|number| copy(number).map_err(|error| missing(number, error))).collect()
 }
 
 /// Reads and checks a configuration here, so that a mistake is told with the name of the file.

@@ -2,7 +2,7 @@
 
 use comfy_table::{Table, presets};
 use rackvisor_api::ByteSize;
-use rackvisor_api::config::{DiskGroup, Limits, Link, NicLimits, OnReboot, SerialMode, VmConfig};
+use rackvisor_api::config::{DiskGroup, Limits, Link, NicConfig, NicLimits, OnReboot, SerialMode, VmConfig};
 use rackvisor_api::control::{DeviceState, DiskInfo, NicInfo, VmInfo};
 use rackvisor_api::events::{Event, EventKind};
 use serde::Serialize;
@@ -105,7 +105,7 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
                 "{}: {} on {}{}",
                 nic.id,
                 nic.mac,
-                nic.tap,
+                tap(nic, None),
                 if nic.link == Link::Down { " (link down)" } else { "" }
             ),
         );
@@ -257,6 +257,12 @@ pub fn group(group: &DiskGroup) -> String {
     facts.text()
 }
 
+/// The name of a tap, where it is known; else where its descriptors come from.
+fn tap(nic: &NicConfig, name: Option<&str>) -> String {
+    let name = name.or(nic.tap.as_deref()).map(str::to_owned);
+    name.or_else(|| nic.tap_fds.as_ref().map(|fds| format!("a tap {fds}"))).unwrap_or_default()
+}
+
 /// All NICs.
 pub fn nics(nics: &Vec<NicInfo>) -> String {
     if nics.is_empty() {
@@ -270,7 +276,7 @@ pub fn nics(nics: &Vec<NicInfo>) -> String {
             word(&nic.state),
             word(&nic.link),
             nic.config.mac.to_string(),
-            printable(&nic.config.tap),
+            printable(&tap(&nic.config, nic.tap.as_deref())),
             about(nic.counters.rx_bytes),
             about(nic.counters.tx_bytes),
             nic.counters.rx_dropped.saturating_add(nic.counters.tx_dropped).to_string(),
@@ -297,7 +303,8 @@ pub fn nic(nic: &NicInfo) -> String {
         facts.add("sends", nic_limits(&config.tx_limits));
     }
     facts.add("mac", config.mac.to_string());
-    facts.add("tap", &config.tap);
+    facts.add("tap", tap(config, nic.tap.as_deref()));
+    facts.add_some("descriptors", config.tap_fds.as_ref());
     facts.add_some("mtu", config.mtu);
     let rss = if config.rss { ", RSS" } else { "" };
     facts.add("queues", format!("{} pairs of {} entries{rss}", config.queues, config.queue_size));

@@ -33,7 +33,7 @@ impl Events {
         let after = after.map(|after| format!("&after={after}")).unwrap_or_default();
         let request = request(Method::GET, &format!("/v1/events?follow={follow}{after}"), None)?;
         let runtime = runtime()?;
-        let response = run(&runtime, timeout, open(socket, request))?;
+        let response = run(&runtime, timeout, open(socket, request, Vec::new()))?;
         if !response.status().is_success() {
             run(&runtime, timeout, read(response))?.successful()?;
             return Err(ClientError::Answer("not an event stream".into()));

@@ -5,6 +5,7 @@
 mod events;
 mod transport;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -120,7 +121,15 @@ impl Client {
     /// # Errors
     /// `wrong-state`, a 422 code, or another [`ClientError`].
     pub fn define(&self, config: &VmConfig) -> Result<VmInfo> {
-        self.send(Method::PUT, "/v1/vm", config)
+        self.define_with_fds(config, Vec::new())
+    }
+
+    /// `PUT /v1/vm`, with the descriptors of its taps that are to be passed, in the order of the NICs.
+    ///
+    /// # Errors
+    /// As [`Client::define`]; `bad-descriptors`.
+    pub fn define_with_fds(&self, config: &VmConfig, fds: Vec<OwnedFd>) -> Result<VmInfo> {
+        self.exchange_with_fds(Method::PUT, "/v1/vm", Some(json(config)?), fds)?.successful()?.json()
     }
 
     /// `DELETE /v1/vm`.
@@ -216,7 +225,15 @@ impl Client {
     /// # Errors
     /// `hotplug-unsupported`, a 422 code, or another [`ClientError`].
     pub fn put_nic(&self, nic: &NicConfig) -> Result<NicInfo> {
-        self.send(Method::PUT, &nic_path(&nic.id), nic)
+        self.put_nic_with_fds(nic, Vec::new())
+    }
+
+    /// `PUT /v1/vm/nics/{id}`, with the descriptors of its tap that are to be passed.
+    ///
+    /// # Errors
+    /// As [`Client::put_nic`]; `bad-descriptors`.
+    pub fn put_nic_with_fds(&self, nic: &NicConfig, fds: Vec<OwnedFd>) -> Result<NicInfo> {
+        self.exchange_with_fds(Method::PUT, &nic_path(&nic.id), Some(json(nic)?), fds)?.successful()?.json()
     }
 
     /// `PATCH /v1/vm/nics/{id}`.
@@ -298,7 +315,21 @@ impl Client {
     /// # Errors
     /// [`ClientError`], but never [`ClientError::Problem`].
     pub fn exchange(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Answer> {
-        transport::exchange(&self.socket, self.timeout, method, path, body)
+        self.exchange_with_fds(method, path, body, Vec::new())
+    }
+
+    /// Like [`Client::exchange`], with descriptors that are passed with the request and then closed here.
+    ///
+    /// # Errors
+    /// As [`Client::exchange`].
+    pub fn exchange_with_fds(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Answer> {
+        transport::exchange(&self.socket, self.timeout, method, path, body, fds)
     }
 
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
@@ -306,13 +337,16 @@ impl Client {
     }
 
     fn send<T: DeserializeOwned>(&self, method: Method, path: &str, body: &impl Serialize) -> Result<T> {
-        let body = serde_json::to_vec(body).map_err(|error| ClientError::Answer(error.to_string()))?;
-        self.request(method, path, Some(body))?.json()
+        self.request(method, path, Some(json(body)?))?.json()
     }
 
     fn delete(&self, path: &str) -> Result<()> {
         self.request(Method::DELETE, path, None).map(drop)
     }
+}
+
+fn json(body: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(body).map_err(|error| ClientError::Answer(error.to_string()))
 }
 
 fn disk_path(id: &str) -> String {

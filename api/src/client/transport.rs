@@ -2,7 +2,10 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -13,10 +16,12 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
 use super::ClientError;
+use crate::descriptors::send;
 use crate::problem::Problem;
 
 /// The most bytes of an answer: metrics of the largest VM are far smaller.
@@ -86,12 +91,53 @@ pub(super) fn transport(error: impl std::fmt::Display) -> ClientError {
     ClientError::Transport(error.to_string())
 }
 
-/// Connects and sends a request; the connection is driven by a task of the current runtime.
-pub(super) async fn open(socket: &Path, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
+/// A stream that passes descriptors with the first bytes that are written.
+struct Passing {
+    stream: UnixStream,
+    fds: Vec<OwnedFd>,
+}
+
+impl AsyncRead for Passing {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Passing {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        while !this.fds.is_empty() {
+            ready!(this.stream.poll_write_ready(cx))?;
+            match this.stream.try_io(Interest::WRITABLE, || send(&this.stream, bytes, &this.fds)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => {
+                    this.fds.clear();
+                    return Poll::Ready(sent);
+                }
+            }
+        }
+        Pin::new(&mut this.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+/// Connects and sends a request, and `fds` with it; the connection is driven by a task of the current runtime.
+pub(super) async fn open(
+    socket: &Path,
+    request: Request<Full<Bytes>>,
+    fds: Vec<OwnedFd>,
+) -> Result<Response<Incoming>, ClientError> {
     let stream = UnixStream::connect(socket)
         .await
         .map_err(|source: io::Error| ClientError::Connect { path: socket.to_owned(), source })?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(transport)?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(Passing { stream, fds })).await.map_err(transport)?;
     tokio::spawn(async move {
         // Its failure is also the failure of the request, which is where it is told.
         let _ = connection.await;
@@ -115,10 +161,11 @@ pub(super) fn exchange(
     method: Method,
     path: &str,
     body: Option<Vec<u8>>,
+    fds: Vec<OwnedFd>,
 ) -> Result<Answer, ClientError> {
     let request = request(method, path, body)?;
     let runtime = runtime()?;
-    run(&runtime, timeout, async { read(open(socket, request).await?).await })
+    run(&runtime, timeout, async { read(open(socket, request, fds).await?).await })
 }
 
 /// The whole of an answer.

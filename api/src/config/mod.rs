@@ -2,7 +2,7 @@
 //!
 //! Reading is strict: unknown, missing and repeated fields, wrong types and values outside their range are refused
 //! with a [`Problem`] that points at the field. What needs a look at the host (does the file exist, is the tap free)
-//! is not checked here but when the VM boots.
+//! is not checked here but when the VM boots, or for descriptors when it is defined.
 
 mod boot;
 mod check;
@@ -18,6 +18,7 @@ mod patch;
 mod reservation;
 mod serial;
 mod slots;
+mod tap_fds;
 #[cfg(test)]
 mod tests;
 
@@ -39,6 +40,7 @@ pub use patch::Patch;
 pub use reservation::{BadKey, ReservationConfig, ReservationKey};
 pub use serial::{SerialConfig, SerialMode};
 pub use slots::{RNG_ID, slot_assignment};
+pub use tap_fds::{INHERITED_FDS, TapFds};
 
 use crate::problem::{Code, Pointer, Problem};
 use crate::size::ByteSize;
@@ -169,13 +171,16 @@ impl VmConfig {
         let root = Pointer::root();
         let disks =
             self.disks.iter().enumerate().map(|(i, disk)| (disk.id.as_str(), root.key("disks").index(i).key("id")));
-        let nics = self.nics.iter().enumerate().map(|(i, nic)| (nic.id.as_str(), root.key("nics").index(i).key("id")));
-        unique(self.rng.then(|| (RNG_ID, root.key("rng"))).into_iter().chain(disks).chain(nics), "device id")?;
-        unique(
-            self.nics.iter().enumerate().map(|(i, nic)| (nic.mac, root.key("nics").index(i).key("mac"))),
-            "MAC address",
-        )?;
-        unique(self.nics.iter().enumerate().map(|(i, nic)| (&nic.tap, root.key("nics").index(i).key("tap"))), "tap")?;
+        let nics = || self.nics.iter().enumerate().map(|(i, nic)| (nic, root.key("nics").index(i)));
+        let nic_ids = nics().map(|(nic, at)| (nic.id.as_str(), at.key("id")));
+        unique(self.rng.then(|| (RNG_ID, root.key("rng"))).into_iter().chain(disks).chain(nic_ids), "device id")?;
+        unique(nics().map(|(nic, at)| (nic.mac, at.key("mac"))), "MAC address")?;
+        unique(nics().filter_map(|(nic, at)| Some((nic.tap.as_ref()?, at.key("tap")))), "tap")?;
+        let inherited =
+            nics().filter_map(|(nic, at)| Some((nic.tap_fds.as_ref()?, at.key("tap_fds").key("inherited"))));
+        let numbers =
+            |(fds, at): (_, Pointer)| TapFds::inherited(fds).iter().enumerate().map(move |(i, n)| (n, at.index(i)));
+        unique(inherited.flat_map(numbers), "descriptor")?;
         self.check_disk_paths()
     }
 

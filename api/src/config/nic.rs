@@ -7,6 +7,7 @@ use super::check::{check_id, check_queue_size, check_queues, check_slot};
 use super::limits::{NicLimits, NicLimitsPatch};
 use super::mac::MacAddr;
 use super::patch::{Patch, apply, set};
+use super::tap_fds::TapFds;
 use super::{default_queue_size, one_queue};
 use crate::problem::{Pointer, Problem};
 
@@ -17,9 +18,13 @@ pub struct NicConfig {
     /// The name of the device, unique in the VM: 1 to 32 letters, digits, `_` and `-`.
     #[schema(pattern = "^[A-Za-z0-9_-]{1,32}$")]
     pub id: String,
-    /// The tap interface of the host that it is plugged into.
+    /// The tap interface of the host that it is plugged into: this or `tap_fds`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 15)]
-    pub tap: String,
+    pub tap: Option<String>,
+    /// The tap that it is plugged into as descriptors, instead of `tap`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap_fds: Option<TapFds>,
     /// Its Ethernet address, unique in the VM.
     pub mac: MacAddr,
     /// How many pairs of a receive and a transmit queue; each pair has its own worker thread.
@@ -74,7 +79,8 @@ impl NicConfig {
     pub fn new(id: impl Into<String>, tap: impl Into<String>, mac: MacAddr) -> Self {
         Self {
             id: id.into(),
-            tap: tap.into(),
+            tap: Some(tap.into()),
+            tap_fds: None,
             mac,
             queues: one_queue(),
             queue_size: default_queue_size(),
@@ -113,20 +119,31 @@ impl NicConfig {
                 "choose 68 to 65535, or leave it out",
             ));
         }
-        let tap = self.tap.as_bytes();
-        let fits = (1..=15).contains(&tap.len())
-            && tap != b"."
-            && tap != b".."
-            && tap.iter().all(|b| b.is_ascii_graphic() && *b != b'/' && *b != b':' && *b != b'%');
-        if !fits {
-            return Err(Problem::invalid(
-                &at.key("tap"),
-                "this is no name of a host interface",
-                "use 1 to 15 printable characters without '/', ':' and '%'",
-            ));
+        match (&self.tap, &self.tap_fds) {
+            (Some(name), None) => check_name(name, &at.key("tap")),
+            (None, Some(fds)) => fds.check(self.queues, &at.key("tap_fds")),
+            (Some(_), Some(_)) => {
+                Err(Problem::invalid(&at.key("tap_fds"), "there are both tap and tap_fds", "give one of them"))
+            }
+            (None, None) => {
+                let remedy = "give tap, the name of an interface, or tap_fds, its descriptors";
+                Err(Problem::invalid(&at.key("tap"), "the NIC has no tap", remedy))
+            }
         }
-        Ok(())
     }
+}
+
+/// A name that an interface can have.
+fn check_name(name: &str, at: &Pointer) -> Result<(), Problem> {
+    let fits = (1..=15).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%');
+    if fits {
+        return Ok(());
+    }
+    let remedy = "use 1 to 15 printable characters without '/', ':' and '%'";
+    Err(Problem::invalid(at, "this is no name of a host interface", remedy))
 }
 
 /// Changes to a NIC, as a JSON merge patch (RFC 7396): a field that is absent stays, `null` goes back to its default.
@@ -135,10 +152,14 @@ impl NicConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NicPatch {
-    /// Another `tap`; cannot be null.
+    /// Another `tap`; null together with other `tap_fds`.
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<String>)]
     pub tap: Patch<String>,
+    /// Other `tap_fds`, inherited ones; null together with another `tap`. To pass descriptors, replace the NIC.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<TapFds>)]
+    pub tap_fds: Patch<TapFds>,
     /// Another `mac`; cannot be null.
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<MacAddr>)]
@@ -201,7 +222,8 @@ impl NicPatch {
         let fresh = NicConfig::new("", "", nic.mac);
         Ok(NicConfig {
             id: nic.id.clone(),
-            tap: self.tap.required(&nic.tap, "tap")?,
+            tap: apply(&self.tap, &nic.tap),
+            tap_fds: apply(&self.tap_fds, &nic.tap_fds),
             mac: self.mac.required(&nic.mac, "mac")?,
             queues: set(self.queues, nic.queues, fresh.queues),
             queue_size: set(self.queue_size, nic.queue_size, fresh.queue_size),

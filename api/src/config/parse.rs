@@ -19,13 +19,12 @@ const MAX_FILE: u64 = 1 << 20;
 /// `malformed-body` (400) if it is not JSON; `invalid-content` (422), with the pointer of the field, if it is JSON of
 /// another shape.
 pub fn json<T: DeserializeOwned + Serialize>(document: &[u8]) -> Result<T, Problem> {
+    let read = serde_json::from_slice(document).map_err(|error| json_problem(&error))?;
     let mut deserializer = serde_json::Deserializer::from_slice(document);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let at = Pointer::from(error.path());
-        json_problem(&error.into_inner(), Some(&at))
+        content_problem(&error.into_inner(), &at)
     })?;
-    deserializer.end().map_err(|error| json_problem(&error, None))?;
-    let read = serde_json::from_slice(document).map_err(|error| json_problem(&error, None))?;
     same_shape(&read, &value)?;
     Ok(value)
 }
@@ -56,20 +55,12 @@ fn compare(read: &Value, meant: &Value, at: &Pointer) -> Result<(), Problem> {
     }
 }
 
-fn json_problem(error: &serde_json::Error, at: Option<&Pointer>) -> Problem {
-    match (error.classify(), at) {
-        (Category::Data, Some(at)) => content_problem(error, at),
-        (Category::Eof, _) => Problem::new(
-            Code::MalformedBody,
-            format!("the document ends too early: {error}"),
-            "send one complete JSON document",
-        ),
-        _ => Problem::new(
-            Code::MalformedBody,
-            format!("the document is not JSON: {error}"),
-            "send one JSON document in UTF-8",
-        ),
-    }
+fn json_problem(error: &serde_json::Error) -> Problem {
+    let (what, remedy) = match error.classify() {
+        Category::Eof => ("the document ends too early", "send one complete JSON document"),
+        _ => ("the document is not JSON", "send one JSON document in UTF-8"),
+    };
+    Problem::new(Code::MalformedBody, format!("{what}: {error}"), remedy)
 }
 
 fn content_problem(error: &dyn std::fmt::Display, at: &Pointer) -> Problem {

@@ -163,6 +163,40 @@ fn rss_needs_several_queues_also_after_a_change() {
 }
 
 #[test]
+fn a_nic_has_a_tap_by_name_or_as_many_descriptors_as_pairs_of_queues() {
+    let passed = |count| Some(TapFds::Passed(count));
+    let inherited = |numbers: &[u32]| Some(TapFds::Inherited(numbers.to_vec()));
+    for (tap, tap_fds, queues, at) in [
+        (Some("tap0"), None, 2, None),
+        (None, passed(2), 2, None),
+        (None, inherited(&[3, 1023]), 2, None),
+        (None, None, 1, Some("/nics/0/tap")),
+        (Some("tap0"), passed(1), 1, Some("/nics/0/tap_fds")),
+        (None, passed(1), 2, Some("/nics/0/tap_fds")),
+        (None, passed(0), 1, Some("/nics/0/tap_fds")),
+        (None, inherited(&[]), 1, Some("/nics/0/tap_fds")),
+        (None, inherited(&[3, 4]), 1, Some("/nics/0/tap_fds")),
+        (None, inherited(&[3, 2]), 2, Some("/nics/0/tap_fds/inherited/1")),
+        (None, inherited(&[0]), 1, Some("/nics/0/tap_fds/inherited/0")),
+        (None, inherited(&[1024]), 1, Some("/nics/0/tap_fds/inherited/0")),
+        (None, inherited(&[7, 7]), 2, Some("/nics/0/tap_fds/inherited/1")),
+        (None, inherited(&[9]), 1, Some("/nics/1/tap_fds/inherited/0")),
+    ] {
+        let mut config = with_devices(0, 2);
+        config.nics[0] = NicConfig { tap: tap.map(str::to_owned), tap_fds, queues, ..config.nics[0].clone() };
+        config.nics[1] = NicConfig { tap: None, tap_fds: inherited(&[9]), ..config.nics[1].clone() };
+        let pointer = config.validate().err().map(|problem| problem.pointer.unwrap());
+        assert_eq!(pointer.as_deref(), at, "{:?}", config.nics[0]);
+    }
+    let document = br#"{"id":"n","tap_fds":{"passed":1},"mac":"02:00:00:00:00:01"}"#;
+    assert_eq!(json::<NicConfig>(document).unwrap().tap_fds, passed(1));
+    for bad in [r#"{"passed":1,"inherited":[3]}"#, r#"{"passed":-1}"#, r#"{"opened":1}"#, "{}", "3", r#"["passed"]"#] {
+        let document = format!(r#"{{"id":"n","tap_fds":{bad},"mac":"02:00:00:00:00:01"}}"#);
+        assert_eq!(json::<NicConfig>(document.as_bytes()).unwrap_err().code, Code::InvalidContent, "{bad}");
+    }
+}
+
+#[test]
 fn memory_is_bounded_and_aligned_to_its_pages() {
     let mut config = with_devices(0, 0);
     for (size, pages, fits) in [
@@ -198,6 +232,18 @@ fn a_merge_patch_keeps_sets_and_clears() {
     assert!(json::<DiskPatch>(br#"{"id":"x"}"#).is_err());
     let null: DiskPatch = json(br#"{"path":null}"#).unwrap();
     assert_eq!(null.apply(&disk).unwrap_err().pointer.as_deref(), Some("/path"));
+
+    let nic = with_devices(0, 1).nics.remove(0);
+    let to_fds: NicPatch = json(br#"{"tap":null,"tap_fds":{"inherited":[7]}}"#).unwrap();
+    let changed = to_fds.apply(&nic).unwrap();
+    changed.check(&Pointer::root()).unwrap();
+    assert_eq!((&changed.tap, &changed.tap_fds), (&None, &Some(TapFds::Inherited(vec![7]))));
+    let back: NicPatch = json(br#"{"tap":"tap0","tap_fds":null}"#).unwrap();
+    assert_eq!(back.apply(&changed).unwrap(), nic);
+    let neither: NicPatch = json(br#"{"tap":null}"#).unwrap();
+    let problem = neither.apply(&nic).unwrap().check(&Pointer::root()).unwrap_err();
+    assert_eq!(problem.pointer.as_deref(), Some("/tap"));
+    assert!(!to_fds.is_live());
 
     assert!(NicPatch::link(Link::Down).is_live());
     let more: NicPatch = json(br#"{"link":"up","mtu":null}"#).unwrap();

@@ -7,7 +7,8 @@ use std::task::Poll;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::{Request, Response};
+use axum::http::{Method, Request, Response};
+use axum::response::IntoResponse;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -19,6 +20,7 @@ use tokio::sync::watch;
 use super::Limits;
 use super::activity::{Activity, Phase};
 use super::body::NotedBody;
+use super::inbox::Inbox;
 use super::respond::as_problem;
 use super::stream::Watched;
 use crate::problem::{Code, Problem};
@@ -41,11 +43,12 @@ pub(super) async fn serve(
     stream: UnixStream,
     router: Router,
     activity: Activity,
+    inbox: Inbox,
     limits: Limits,
     stop: watch::Receiver<bool>,
 ) {
-    let io = TokioIo::new(Watched::new(stream, activity.clone()));
-    let service = service(router, activity.clone());
+    let io = TokioIo::new(Watched::new(stream, activity.clone(), inbox.clone()));
+    let service = service(router, activity.clone(), inbox);
     let mut connection = http1::Builder::new()
         .header_read_timeout(None)
         .max_buf_size(BUFFER)
@@ -99,6 +102,7 @@ type Answering = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>>
 fn service(
     router: Router,
     activity: Activity,
+    inbox: Inbox,
 ) -> impl Service<Request<Incoming>, Response = Response<Body>, Error = Infallible, Future = Answering> + Send {
     let router = TowerToHyperService::new(router);
     service_fn(move |request: Request<Incoming>| {
@@ -106,11 +110,19 @@ fn service(
         let method = request.method().clone();
         let path = request.uri().path().to_owned();
         let arriving = activity.step_at_end(Phase::Body, Phase::Busy);
-        let request = request.map(|body| Body::new(NotedBody::new(body, arriving)));
-        let answer = router.call(request);
-        let activity = activity.clone();
+        let mut request = request.map(|body| Body::new(NotedBody::new(body, arriving)));
+        // Whether a PUT takes descriptors is for its handler to say.
+        let fit = if method == Method::PUT { Ok(()) } else { inbox.expect_none() };
+        request.extensions_mut().insert(inbox.clone());
+        let answer = fit.map(|()| router.call(request));
+        let (activity, inbox) = (activity.clone(), inbox.clone());
         let answering: Answering = Box::pin(async move {
-            let response = answer.await?;
+            let response = match answer {
+                Ok(answer) => answer.await?,
+                Err(problem) => problem.into_response(),
+            };
+            // Those that nobody took.
+            drop(inbox.take());
             activity.step(Phase::Body, Phase::Busy);
             let sending = activity.step_at_end(Phase::Busy, Phase::Quiet);
             let response = as_problem(response, method.as_str(), &path);

@@ -10,19 +10,44 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::App;
+use super::inbox::Inbox;
 use crate::config;
+use crate::descriptors::Descriptors;
 use crate::problem::{Code, Problem};
 
 /// The most bytes of a body. A configuration with all 30 devices and the longest paths fits.
 pub const MAX_BODY: usize = 256 << 10;
 
-/// A JSON body, read strictly. Takes `application/json` and `application/merge-patch+json`.
+/// A JSON body, read strictly, and no descriptors. Takes `application/json` and `application/merge-patch+json`.
 pub(super) struct JsonBody<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Serialize> FromRequest<App> for JsonBody<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        let inbox = request.extensions().get::<Inbox>().cloned();
+        let body = Self::read(request, app).await?;
+        inbox.map_or(Ok(()), |inbox| inbox.expect_none())?;
+        Ok(body)
+    }
+}
+
+/// A [`JsonBody`], and the descriptors that came with the request.
+pub(super) struct JsonWithFds<T>(pub(super) T, pub(super) Descriptors);
+
+impl<T: DeserializeOwned + Serialize> FromRequest<App> for JsonWithFds<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        let inbox = request.extensions().get::<Inbox>().cloned();
+        let JsonBody(body) = JsonBody::read(request, app).await?;
+        let came = inbox.map_or_else(|| Ok(Descriptors::default()), |inbox| inbox.take())?;
+        Ok(Self(body, came))
+    }
+}
+
+impl<T: DeserializeOwned + Serialize> JsonBody<T> {
+    async fn read(request: Request, app: &App) -> Result<Self, Problem> {
         let media_type =
             request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let essence = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();

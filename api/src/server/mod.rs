@@ -11,6 +11,8 @@
 //! | answer of the controller                | 30 s    | 504                                                |
 //! | connection without a request            | 60 s    | closed                                             |
 //! | client that does not read its answer    | 30 s    | closed                                             |
+//! | descriptors with a request              | 64      | 400, closed                                        |
+//! | descriptors with all requests           | 256     | 503, closed                                        |
 //!
 //! The thread only translates: whatever takes time happens at the controller. So a slow client delays nobody else.
 
@@ -18,6 +20,7 @@ mod activity;
 mod body;
 mod connection;
 mod extract;
+mod inbox;
 mod listener;
 mod openapi;
 mod respond;
@@ -36,10 +39,11 @@ use std::time::Duration;
 
 use axum::Router;
 use tokio::runtime;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task;
 
 use self::activity::Activity;
+use self::inbox::{Inbox, MAX_HELD};
 use self::listener::SocketFile;
 use self::stream::Watched;
 use crate::control::{Control, Outcome, Reply, Request};
@@ -173,7 +177,7 @@ impl Server {
         let limits = self.limits;
         let app = App { control, limits, followers: Arc::new(AtomicUsize::new(0)), stop: stopped.clone() };
         let router = routes::router(app);
-        let mut connections = Connections::default();
+        let mut connections = Connections::new();
         {
             let mut shutdown = std::pin::pin!(shutdown);
             while let Some(accepted) = accept_unless(&listener, shutdown.as_mut()).await {
@@ -265,38 +269,45 @@ impl App {
 }
 
 /// The connections there are, at most [`Limits::connections`].
-#[derive(Default)]
-struct Connections(Vec<(Activity, task::JoinHandle<()>)>);
+struct Connections {
+    list: Vec<(Activity, task::JoinHandle<()>)>,
+    /// One for each descriptor that may be held.
+    places: Arc<Semaphore>,
+}
 
 impl Connections {
+    fn new() -> Self {
+        Self { list: Vec::new(), places: Arc::new(Semaphore::new(MAX_HELD)) }
+    }
+
     fn add(&mut self, stream: tokio::net::UnixStream, router: &Router, limits: Limits, stop: &watch::Receiver<bool>) {
-        self.0.retain(|(_, task)| !task.is_finished());
-        let activity = Activity::new();
-        if self.0.len() >= limits.connections && !self.close_idlest() {
+        self.list.retain(|(_, task)| !task.is_finished());
+        let (activity, inbox) = (Activity::new(), Inbox::new(&self.places));
+        if self.list.len() >= limits.connections && !self.close_idlest() {
             let problem = Problem::new(
                 Code::TooManyConnections,
                 format!("all {} connections of the API socket are busy", limits.connections),
                 "close connections that are not needed, then try again",
             );
-            Watched::new(stream, activity).last_word(&problem);
+            Watched::new(stream, activity, inbox).last_word(&problem);
             return;
         }
-        let serving = connection::serve(stream, router.clone(), activity.clone(), limits, stop.clone());
-        self.0.push((activity, tokio::spawn(serving)));
+        let serving = connection::serve(stream, router.clone(), activity.clone(), inbox, limits, stop.clone());
+        self.list.push((activity, tokio::spawn(serving)));
     }
 
     /// Closes the connection that has gone longest without being served; says whether there was one.
     fn close_idlest(&mut self) -> bool {
         let idle =
-            self.0.iter().enumerate().filter_map(|(index, (activity, _))| Some((activity.unserved_since()?, index)));
+            self.list.iter().enumerate().filter_map(|(index, (activity, _))| Some((activity.unserved_since()?, index)));
         let Some((_, index)) = idle.min() else { return false };
-        self.0.swap_remove(index).1.abort();
+        self.list.swap_remove(index).1.abort();
         true
     }
 
     async fn finish(self, grace: Duration) {
         let end = tokio::time::Instant::now() + grace;
-        for (_, task) in self.0 {
+        for (_, task) in self.list {
             let abort = task.abort_handle();
             if tokio::time::timeout_at(end, task).await.is_err() {
                 abort.abort();

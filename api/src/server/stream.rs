@@ -1,17 +1,19 @@
 //! The byte stream of a connection, watched on its way to hyper.
 //!
-//! It notes when the client sends and when it stops reading. And it puts a problem document into the bare answers that
+//! It notes when the client sends and when it stops reading, and keeps the descriptors that come. And it puts a problem document into the bare answers that
 //! hyper gives by itself to a request that it cannot parse (400, 414, 431), for which it offers no hook.
 
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 
 use super::activity::{Activity, Phase};
+use super::inbox::Inbox;
 use super::respond::raw_problem;
+use crate::descriptors::receive;
 use crate::problem::{Code, Problem};
 
 /// See the module docs.
@@ -19,14 +21,15 @@ use crate::problem::{Code, Problem};
 pub(super) struct Watched {
     stream: UnixStream,
     activity: Activity,
+    inbox: Inbox,
     /// An answer of ours that goes out instead of one of hyper's.
     substitute: Vec<u8>,
     sent: usize,
 }
 
 impl Watched {
-    pub(super) fn new(stream: UnixStream, activity: Activity) -> Self {
-        Self { stream, activity, substitute: Vec::new(), sent: 0 }
+    pub(super) fn new(stream: UnixStream, activity: Activity, inbox: Inbox) -> Self {
+        Self { stream, activity, inbox, substitute: Vec::new(), sent: 0 }
     }
 
     /// Sends a last problem, as far as the socket takes it at once.
@@ -53,11 +56,19 @@ impl Watched {
 impl AsyncRead for Watched {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
+        let received = loop {
+            ready!(this.stream.poll_read_ready(cx))?;
+            let read = || receive(&this.stream, buffer.initialize_unfilled());
+            match this.stream.try_io(Interest::READABLE, read) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                received => break received?,
+            }
+        };
+        buffer.advance(received.bytes);
+        if received.bytes > 0 {
             this.activity.step(Phase::Quiet, Phase::Head);
         }
+        this.inbox.add(received);
         Poll::Ready(Ok(()))
     }
 }

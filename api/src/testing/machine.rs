@@ -78,8 +78,9 @@ impl Machine {
         let to = decide(inner.state, request.kind())?.to;
         match request {
             Request::Describe => inner.describe().map(|vm| Response::Vm(Box::new(vm))),
-            Request::Define(config) => {
+            Request::Define(config, passed) => {
                 config.validate()?;
+                passed.share_out(&config.nics)?;
                 let new = inner.config.replace(*config).is_none();
                 self.go(&mut inner, to, None);
                 let vm = Box::new(inner.describe()?);
@@ -173,7 +174,10 @@ impl Inner {
                 config.nics.iter().map(|nic| self.nic(&nic.id)).collect::<Result<_, _>>().map(Response::Nics)
             }
             Request::GetNic(id) => self.nic(&id).map(|nic| Response::Nic(Box::new(nic))),
-            Request::PutNic(nic) => self.put_nic(*nic),
+            Request::PutNic(nic, passed) => {
+                passed.share_out(std::slice::from_ref(&nic))?;
+                self.put_nic(*nic)
+            }
             Request::PatchNic(id, patch) => {
                 let nic = config.nic(&id).ok_or_else(|| Problem::no_such_nic(&id))?;
                 if self.alive() && !patch.is_live() {
@@ -254,6 +258,7 @@ impl Inner {
             state: self.device_state(),
             pci: self.pci(id)?,
             link: config.link,
+            tap: config.tap.clone(),
             counters: NicCounters::default(),
             config,
         })

@@ -21,6 +21,7 @@ mod shared;
 mod steering;
 mod sys;
 pub mod tap;
+mod tap_fds;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -29,7 +30,8 @@ mod worker;
 use std::io;
 
 pub use device::{NetError, NetHandle, NetOptions, NetState, VirtioNet};
-pub use tap::{Tap, TapError};
+pub use tap::{Tap, TapError, open_queues};
+pub use tap_fds::{TapFds, is_tap};
 
 /// Ethernet header with two VLAN tags.
 const ETHERNET: usize = 14 + 8;

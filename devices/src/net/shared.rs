@@ -199,8 +199,7 @@ impl Shared {
         if self.tap_lost.swap(true, Ordering::Relaxed) {
             return;
         }
-        let tap = self.tap.name();
-        let remedy = "set it up with `ip link set up`, or make it again if it was deleted";
+        let (tap, remedy) = (self.tap.name(), self.tap.remedy());
         tracing::warn!(nic = self.id, tap, action, %error, "the tap fails; frames are dropped: {remedy}");
         self.notify(DeviceEvent::BackendLost { reason: format!("tap {tap}: cannot {action}: {error}; {remedy}") });
         // The first worker looks after it.

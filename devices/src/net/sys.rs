@@ -2,11 +2,11 @@
 #![allow(unsafe_code)] // ioctl, readv and writev have no safe wrappers for taps and guest memory.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-use crate::syscall::check;
+use crate::syscall::{check, value};
 use crate::virtio::ring::RingError;
 
 /// Most segments of one `readv` or `writev` (UIO_MAXIOV).
@@ -17,7 +17,7 @@ pub(super) const IFF_MULTI_QUEUE: u16 = 0x0100;
 pub(super) const IFF_NO_PI: u16 = 0x1000;
 pub(super) const IFF_VNET_HDR: u16 = 0x4000;
 const IFF_ATTACH_QUEUE: u16 = 0x0200;
-const IFF_DETACH_QUEUE: u16 = 0x0400;
+pub(super) const IFF_DETACH_QUEUE: u16 = 0x0400;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNGETFEATURES: libc::c_ulong = 0x8004_54cf;
@@ -124,14 +124,45 @@ pub(super) fn set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
 
 /// The MTU of an interface of this network namespace, in bytes.
 pub(super) fn mtu(name: &str) -> io::Result<u32> {
-    // SAFETY: no pointers are passed; the result is checked before it is owned.
-    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    check(socket)?;
-    // SAFETY: the descriptor was just made and belongs to nobody else.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     let mut request = IfReq::new(name, 0);
-    ifreq_ioctl(std::os::fd::AsFd::as_fd(&socket), libc::SIOCGIFMTU, &mut request)?;
+    ifreq_ioctl(socket()?.as_fd(), libc::SIOCGIFMTU, &mut request)?;
     u32::try_from(request.value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// The Ethernet address of an interface, with its kind: `sa_family` and the first bytes of `sa_data`.
+pub(super) type Address = [u8; 8];
+
+/// The address of the interface behind `fd`, wherever that is.
+pub(super) fn address(fd: BorrowedFd<'_>) -> io::Result<Address> {
+    read_address(fd, "")
+}
+
+/// The address of an interface of this network namespace.
+pub(super) fn address_of(name: &str) -> io::Result<Address> {
+    read_address(socket()?.as_fd(), name)
+}
+
+fn read_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<Address> {
+    let mut request = IfReq::new(name, 0);
+    ifreq_ioctl(fd, libc::SIOCGIFHWADDR, &mut request)?;
+    let ([a, b, c, d], [e, f, g, h, ..]) = (request.value.to_le_bytes(), request.rest);
+    Ok([a, b, c, d, e, f, g, h])
+}
+
+/// A socket to ask about interfaces.
+fn socket() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers are passed; the result is checked before it is owned.
+    let socket = value(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+/// Whether both descriptors lead to one open file. A kernel that cannot tell (CONFIG_KCMP) says no.
+pub(super) fn is_same_file(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
+    const KCMP_FILE: libc::c_int = 0;
+    let pid = libc::pid_t::try_from(std::process::id()).unwrap_or(0);
+    // SAFETY: takes numbers only and changes nothing.
+    unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, one.as_raw_fd(), other.as_raw_fd()) == 0 }
 }
 
 /// Puts the open file of `with` in the place of that of `fd`, whose number stays.

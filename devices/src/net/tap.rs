@@ -71,13 +71,27 @@ pub enum TapError {
         /// Queues asked for.
         queues: u16,
     },
-    /// A descriptor that is no tap at all.
-    #[error("descriptor {index} for the NIC is not a tap ({error}): pass descriptors of /dev/net/tun after TUNSETIFF")]
+    /// A descriptor that is no tap at all, or no longer one.
+    #[error(
+        "descriptor {index} for the NIC is not a tap, or its tap was deleted ({error}): pass descriptors of /dev/net/tun after TUNSETIFF"
+    )]
     NotATap {
         /// Position in the list of descriptors.
         index: usize,
         /// The kernel's answer.
         error: io::Error,
+    },
+    /// Two descriptors are the same queue.
+    #[error(
+        "descriptors {first} and {second} for the NIC are one queue of tap {name}: open /dev/net/tun anew for each queue"
+    )]
+    Repeated {
+        /// The tap.
+        name: String,
+        /// Position in the list of descriptors.
+        first: usize,
+        /// Another position.
+        second: usize,
     },
     /// A descriptor of a tap with flags that do not fit.
     #[error("tap {name} has flags {flags:#06x}: open it with IFF_TAP|IFF_NO_PI|IFF_VNET_HDR{}", if *multi { "|IFF_MULTI_QUEUE, one descriptor for each queue pair" } else { "" })]
@@ -96,6 +110,14 @@ pub enum TapError {
         first: String,
         /// Another.
         other: String,
+    },
+    /// There is no descriptor left.
+    #[error("the descriptors of tap {name} cannot be copied: {error}; raise the limit of descriptors of this process")]
+    Copy {
+        /// The tap.
+        name: String,
+        /// The kernel's answer.
+        error: io::Error,
     },
     /// The kernel lacks what the NIC needs.
     #[error("tap {name}: the kernel refused to {action}: {error}; Linux 5.4 or newer is needed")]
@@ -137,30 +159,7 @@ impl Tap {
     /// # Errors
     /// [`TapError`] for a bad name, a missing, foreign or busy tap, or one that was made with other flags.
     pub fn open(name: &str, queues: u16) -> Result<Self, TapError> {
-        let allowed = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
-        if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(allowed) {
-            return Err(TapError::Name(name.to_owned()));
-        }
-        if queues == 0 || queues > MAX_QUEUES {
-            return Err(TapError::Count { name: name.to_owned(), count: queues.into() });
-        }
-        let existed = sys::interface_exists(name);
-        let mut flags = WANTED_FLAGS | if queues > 1 { sys::IFF_MULTI_QUEUE } else { 0 };
-        let mut fds = Vec::new();
-        for _ in 0..queues {
-            let fd = open_driver(name)?;
-            let mut result = sys::set_interface(fd.as_fd(), name, flags);
-            // A tap made for several queues serves one as well, but wants to hear it.
-            if queues == 1 && result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)) {
-                flags |= sys::IFF_MULTI_QUEUE;
-                result = sys::set_interface(fd.as_fd(), name, flags);
-            }
-            result.map_err(|error| open_error(name, queues, existed, error))?;
-            fds.push(fd);
-        }
-        if !existed {
-            tracing::warn!(tap = name, "the tap did not exist and was created; it is down and belongs to no bridge");
-        }
+        let (fds, flags) = attach(name, queues)?;
         Self::from_checked(name.to_owned(), fds, Some(flags))
     }
 
@@ -169,27 +168,18 @@ impl Tap {
     /// # Errors
     /// [`TapError`] if they are not queues of one tap with the flags that are needed.
     pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
-        let multi = fds.len() > 1;
-        let mut first: Option<String> = None;
-        for (index, fd) in fds.iter().enumerate() {
-            let (name, flags) = sys::interface(fd.as_fd()).map_err(|error| TapError::NotATap { index, error })?;
-            let wanted = WANTED_FLAGS | if multi { sys::IFF_MULTI_QUEUE } else { 0 };
-            if flags & wanted != wanted {
-                return Err(TapError::Flags { name, flags, multi });
-            }
-            match &first {
-                Some(first) if *first != name => {
-                    return Err(TapError::Mixed { first: first.clone(), other: name });
-                }
-                Some(_) => {}
-                None => first = Some(name),
+        let name = check(&fds)?;
+        // A VMM that was killed leaves queues out of service and the carrier lost.
+        for fd in fds.iter().map(AsFd::as_fd) {
+            if sys::interface(fd).is_ok_and(|(_, flags)| flags & sys::IFF_DETACH_QUEUE != 0) {
+                let refused =
+                    |error| TapError::Kernel { name: name.clone(), action: "take a queue into service", error };
+                sys::set_queue(fd, true).map_err(refused)?;
             }
         }
-        let name = first.unwrap_or_default();
-        if fds.is_empty() || fds.len() > usize::from(MAX_QUEUES) {
-            return Err(TapError::Count { name, count: fds.len() });
-        }
-        Self::from_checked(name, fds, None)
+        let tap = Self::from_checked(name, fds, None)?;
+        tap.set_carrier(true);
+        Ok(tap)
     }
 
     fn from_checked(name: String, fds: Vec<OwnedFd>, flags: Option<u16>) -> Result<Self, TapError> {
@@ -246,13 +236,23 @@ impl Tap {
         tap
     }
 
+    /// What whoever looks after the host can do about a tap that fails.
+    pub(super) fn remedy(&self) -> &'static str {
+        match self.flags {
+            Some(_) => "set it up with `ip link set up`, or make it again if it was deleted",
+            None => {
+                "set it up with `ip link set up`; if it was deleted, end the VM and define the NIC with descriptors of a new one"
+            }
+        }
+    }
+
     /// Whether the interface behind the descriptors was deleted.
     pub(super) fn is_gone(&self) -> bool {
         self.control().is_some_and(|fd| sys::interface(fd).is_err())
     }
 
     /// Goes over to the interface that has the name now, if there is one. The descriptors keep their numbers; all queues are in
-    /// service, offloads are off, and no program steers. Never makes an interface.
+    /// service, offloads are off, and no program steers. Never makes an interface. A tap that came as descriptors is gone for good.
     ///
     /// # Errors
     /// [`TapError`]; everything is as before then.
@@ -303,8 +303,10 @@ impl Tap {
     /// The interface's MTU in bytes, where it is in this network namespace.
     #[must_use]
     pub fn mtu(&self) -> Option<u32> {
-        self.found_header?;
-        sys::mtu(&self.name).ok()
+        let fd = self.control()?;
+        // Behind descriptors may be an interface of another namespace, of which another one has the name here.
+        let here = self.flags.is_some() || sys::address(fd).ok()? == sys::address_of(&self.name).ok()?;
+        here.then(|| sys::mtu(&self.name).ok()).flatten()
     }
 
     /// The descriptor of one queue.
@@ -395,6 +397,70 @@ impl Drop for Tap {
             let _ = sys::set_carrier(fd, true);
         }
     }
+}
+
+/// Opens queues of the tap `name` as [`Tap::open`] does, and leaves them as they are: for those who pass them on.
+///
+/// # Errors
+/// As [`Tap::open`].
+pub fn open_queues(name: &str, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
+    attach(name, queues).map(|(fds, _)| fds)
+}
+
+/// Queues of the tap `name`, and the flags that they were opened with.
+fn attach(name: &str, queues: u16) -> Result<(Vec<OwnedFd>, u16), TapError> {
+    let allowed = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
+    if name.is_empty() || name.len() > 15 || name == "." || name == ".." || !name.bytes().all(allowed) {
+        return Err(TapError::Name(name.to_owned()));
+    }
+    if queues == 0 || queues > MAX_QUEUES {
+        return Err(TapError::Count { name: name.to_owned(), count: queues.into() });
+    }
+    let existed = sys::interface_exists(name);
+    let mut flags = WANTED_FLAGS | if queues > 1 { sys::IFF_MULTI_QUEUE } else { 0 };
+    let mut fds = Vec::new();
+    for _ in 0..queues {
+        let fd = open_driver(name)?;
+        let mut result = sys::set_interface(fd.as_fd(), name, flags);
+        // A tap made for several queues serves one as well, but wants to hear it.
+        if queues == 1 && result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)) {
+            flags |= sys::IFF_MULTI_QUEUE;
+            result = sys::set_interface(fd.as_fd(), name, flags);
+        }
+        result.map_err(|error| open_error(name, queues, existed, error))?;
+        fds.push(fd);
+    }
+    if !existed {
+        tracing::warn!(tap = name, "the tap did not exist and was created; it is down and belongs to no bridge");
+    }
+    Ok((fds, flags))
+}
+
+/// The name of the tap whose queues these are.
+pub(super) fn check(fds: &[OwnedFd]) -> Result<String, TapError> {
+    let multi = fds.len() > 1;
+    let wanted = WANTED_FLAGS | if multi { sys::IFF_MULTI_QUEUE } else { 0 };
+    let mut first: Option<String> = None;
+    for (index, fd) in fds.iter().enumerate() {
+        let (name, flags) = sys::interface(fd.as_fd()).map_err(|error| TapError::NotATap { index, error })?;
+        if flags & wanted != wanted {
+            return Err(TapError::Flags { name, flags, multi });
+        }
+        let same = |other: &OwnedFd| sys::is_same_file(fd.as_fd(), other.as_fd());
+        if let Some(first) = fds.iter().take(index).position(same) {
+            return Err(TapError::Repeated { name, first, second: index });
+        }
+        match &first {
+            Some(first) if *first != name => return Err(TapError::Mixed { first: first.clone(), other: name }),
+            Some(_) => {}
+            None => first = Some(name),
+        }
+    }
+    let name = first.unwrap_or_default();
+    if fds.is_empty() || fds.len() > usize::from(MAX_QUEUES) {
+        return Err(TapError::Count { name, count: fds.len() });
+    }
+    Ok(name)
 }
 
 fn open_driver(name: &str) -> Result<OwnedFd, TapError> {

@@ -2,6 +2,7 @@
 
 mod coalescing;
 mod control;
+mod descriptors;
 mod hostile;
 mod identity;
 mod lifecycle;

@@ -9,6 +9,7 @@ mod limits;
 mod machine;
 mod nics;
 mod platform;
+mod taps;
 
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ use thiserror::Error;
 pub use self::console::StdioHooks;
 pub use self::inventory::{Inventory, LiveDisk, LiveNic};
 pub use self::machine::Machine;
+pub use self::taps::{Claim, InheritedTaps, Taps};
 use crate::boot::BootError;
 use crate::boot::image::ImageError;
 use crate::cpu::CpuError;
@@ -35,6 +37,8 @@ use crate::memory::MemoryError;
 pub struct HostOptions {
     /// How the console on this terminal is left.
     pub stdio: StdioHooks,
+    /// What descriptors NICs may name as inherited.
+    pub inherited_taps: InheritedTaps,
 }
 
 /// What a machine needs of the process around it.
@@ -45,6 +49,8 @@ pub struct Host {
     pub notifier: Arc<dyn DeviceNotifier>,
     /// Is told what vCPUs have to tell.
     pub vcpu_events: EventSink,
+    /// The taps that came as descriptors.
+    pub taps: Taps,
     /// Options of the program.
     pub options: HostOptions,
 }

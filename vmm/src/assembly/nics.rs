@@ -11,9 +11,13 @@ use super::{AssemblyError, Host, LiveNic, limits};
 /// [`AssemblyError::Tap`] or [`AssemblyError::Nic`].
 pub fn open(config: &NicConfig, host: &Host) -> Result<(VirtioNet, LiveNic), AssemblyError> {
     let id = || config.id.clone();
+    let tap = match &config.tap {
+        Some(name) => Tap::open(name, config.queues),
+        None => host.taps.open(&config.id),
+    };
     let options = NetOptions {
         id: id(),
-        tap: Tap::open(&config.tap, config.queues).map_err(|source| AssemblyError::Tap { id: id(), source })?,
+        tap: tap.map_err(|source| AssemblyError::Tap { id: id(), source })?,
         mac: config.mac.bytes(),
         queue_pairs: config.queues,
         queue_size: config.queue_size,

@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use rackvisor_api::config::{OnReboot, ReservationKey, VmConfig};
 use rackvisor_api::control::{Reply, Request, Response};
+use rackvisor_api::descriptors::Descriptors;
 use rackvisor_api::events::{EventKind, EventLog};
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::state::{Action, GuestEvent, RequestKind, VmState, decide, guest_event};
@@ -27,7 +28,7 @@ use super::jobs::Jobs;
 use super::mailbox::{Generation, Handle, Mailbox, Message};
 use super::operation::{Ending, Operation, Purpose};
 use super::{LastWord, Lifetime};
-use crate::assembly::{AssemblyError, Host, HostOptions, Inventory, Machine};
+use crate::assembly::{AssemblyError, Host, HostOptions, Inventory, Machine, Taps};
 use crate::cpu::vcpu::VcpuEvent;
 use crate::telemetry::Sources;
 
@@ -39,6 +40,8 @@ pub struct Controller {
     pub(super) state: VmState,
     pub(super) cause: Option<String>,
     pub(super) config: Option<VmConfig>,
+    /// The taps of its NICs that came as descriptors.
+    pub(super) taps: Taps,
     /// The machine, unless a job has it.
     pub(super) machine: Option<Box<Machine>>,
     /// What describes the machine, also while a job has it.
@@ -56,13 +59,15 @@ pub struct Controller {
     pub(super) resets: u64,
     pub(super) terminating: bool,
     ended: bool,
-    mailbox: Mailbox,
+    pub(super) mailbox: Mailbox,
     events: Arc<EventLog>,
     metrics: Sources,
     spawner: Arc<dyn ThreadSpawner>,
-    jobs: Jobs,
-    options: HostOptions,
+    pub(super) jobs: Jobs,
+    pub(super) options: HostOptions,
     lifetime: Lifetime,
+    /// The request that the program started with: if it, or one before it, fails, everything ends.
+    trial: Option<RequestKind>,
     failure: Option<Problem>,
 }
 
@@ -82,6 +87,7 @@ impl Controller {
             jobs: Jobs::new(&*spawner)?,
             options,
             lifetime,
+            trial: None,
             failure: None,
             guest_wants: None,
             condemned: None,
@@ -89,6 +95,7 @@ impl Controller {
             state: VmState::Undefined,
             cause: None,
             config: None,
+            taps: Taps::default(),
             machine: None,
             inventory: None,
             operation: None,
@@ -124,6 +131,19 @@ impl Controller {
         LastWord { state: self.state, cause: self.cause.clone(), failure: self.failure.clone() }
     }
 
+    /// Defines the VM, and boots it if `boot`; ends if that fails.
+    pub fn start_with(&mut self, config: VmConfig, boot: bool) {
+        let define = Request::Define(Box::new(config), Descriptors::default());
+        let requests: Vec<_> =
+            [Some(define), boot.then_some(Request::Act(Action::Boot))].into_iter().flatten().collect();
+        self.trial = requests.last().map(Request::kind);
+        for request in requests {
+            // Nobody waits for the answer: what matters is kept as the failure.
+            let (reply, _) = Reply::to_thread();
+            self.take(Message::Api(request, reply));
+        }
+    }
+
     /// Takes one message.
     pub fn take(&mut self, message: Message) {
         match message {
@@ -133,6 +153,7 @@ impl Controller {
             }
             Message::Vcpu(generation, event) if generation == self.generation => self.vcpu_event(event),
             Message::Device { .. } | Message::Vcpu(..) => {}
+            Message::Claimed(taps) => self.claimed(taps),
             Message::Assembled(outcome) => self.assembled(*outcome),
             Message::Restarted(machine, outcome) => self.restarted(machine, outcome),
             Message::Dismantled(outcome) => self.dismantled(outcome),
@@ -189,23 +210,15 @@ impl Controller {
         }
         match request {
             Request::Act(action) => self.act(action, reply),
-            Request::Define(config) => reply.send(self.define(*config)),
-            Request::Forget => {
-                self.config = None;
-                self.move_to(VmState::Undefined, None);
-                reply.send(Ok(Response::Deleted));
+            Request::Define(config, passed) => self.redefine(Self::definition(config, passed), reply),
+            Request::PutNic(nic, passed) => self.redefine(self.with_nic(*nic, passed), reply),
+            Request::PatchNic(id, patch) if self.inventory.is_none() => {
+                self.redefine(self.with_patched_nic(id, &patch), reply);
             }
+            Request::DeleteNic(id) => self.delete_nic(&id, reply),
+            Request::Forget => self.forget(reply),
             other => reply.send(self.device_request(other)),
         }
-    }
-
-    fn define(&mut self, config: VmConfig) -> Result<Response, Problem> {
-        config.validate().inspect_err(|problem| self.fails_to_start(problem))?;
-        let created = self.config.is_none();
-        self.config = Some(config);
-        self.move_to(VmState::Defined, None);
-        let info = Box::new(self.describe()?);
-        Ok(if created { Response::VmCreated(info) } else { Response::Vm(info) })
     }
 
     fn act(&mut self, action: Action, reply: Reply) {
@@ -244,6 +257,7 @@ impl Controller {
         let (generation, mailbox) = (self.generation, self.mailbox.clone());
         let host = Host {
             spawner: Arc::clone(&self.spawner),
+            taps: self.taps.clone(),
             options: self.options.clone(),
             notifier: self.mailbox.notifier(generation),
             vcpu_events: Arc::new(move |event| {
@@ -271,6 +285,7 @@ impl Controller {
                 self.machine = Some(Box::new(machine));
                 self.booted = Some(Instant::now());
                 self.resets = 0;
+                self.passed(RequestKind::Act(Action::Boot));
                 self.move_to(VmState::Running, None);
                 reply.send(self.described());
             }
@@ -283,12 +298,17 @@ impl Controller {
         }
     }
 
-    /// A loop that lives for its first guest ends if there will be none.
-    fn fails_to_start(&mut self, problem: &Problem) {
-        if self.lifetime != Lifetime::Served && self.generation <= 1 {
+    /// What the program started with ends it if it fails.
+    pub(super) fn fails_to_start(&mut self, problem: &Problem) {
+        if self.trial.take().is_some() {
             self.failure = Some(problem.clone());
             self.terminating = true;
         }
+    }
+
+    /// From what the program started with on, requests may fail.
+    pub(super) fn passed(&mut self, request: RequestKind) {
+        self.trial.take_if(|trial| *trial == request);
     }
 
     pub(super) fn restart(&mut self, run: bool, by_guest: bool, reply: Option<Reply>) {

@@ -62,12 +62,6 @@ impl Controller {
                 Ok(Response::Nics(ids.iter().map(|id| self.nic_info(id)).collect::<Result<_, _>>()?))
             }
             Request::GetNic(id) => Ok(Response::Nic(Box::new(self.nic_info(&id)?))),
-            Request::PutNic(nic) => {
-                let (config, created) = self.config()?.with_nic((*nic).clone())?;
-                self.config = Some(config);
-                let info = Box::new(self.nic_info(&nic.id)?);
-                Ok(if created { Response::NicCreated(info) } else { Response::Nic(info) })
-            }
             Request::PatchNic(id, patch) => self.patch_nic(&id, &patch),
             Request::AnnounceNic(id) => {
                 let info = Box::new(self.nic_info(&id)?);
@@ -75,19 +69,17 @@ impl Controller {
                 live.ok_or_else(|| Problem::no_guest("announce"))?.announce();
                 Ok(Response::Nic(info))
             }
-            Request::DeleteNic(id) => {
-                self.config = Some(self.config()?.without_nic(&id)?);
-                Ok(Response::Deleted)
+            Request::Define(..) | Request::PutNic(..) | Request::DeleteNic(_) | Request::Forget | Request::Act(_) => {
+                Err(Problem::new(
+                    Code::Internal,
+                    "a request about the VM came where only its devices are served",
+                    "report this with the log of the VMM",
+                ))
             }
-            Request::Define(_) | Request::Forget | Request::Act(_) => Err(Problem::new(
-                Code::Internal,
-                "a request about the VM came where only devices are served",
-                "report this with the log of the VMM",
-            )),
         }
     }
 
-    fn config(&self) -> Result<&VmConfig, Problem> {
+    pub(super) fn config(&self) -> Result<&VmConfig, Problem> {
         self.config.as_ref().ok_or_else(Problem::vm_undefined)
     }
 
@@ -99,7 +91,7 @@ impl Controller {
         self.config()?.disk_group(id).ok_or_else(|| Problem::no_such_disk_group(id))
     }
 
-    fn nic_config(&self, id: &str) -> Result<&NicConfig, Problem> {
+    pub(super) fn nic_config(&self, id: &str) -> Result<&NicConfig, Problem> {
         self.config()?.nic(id).ok_or_else(|| Problem::no_such_nic(id))
     }
 
@@ -124,11 +116,11 @@ impl Controller {
         Ok(Response::Disk(Box::new(self.disk_info(id)?)))
     }
 
-    /// The link and the limits may change at any time; the rest needs a guest that does not exist.
+    /// The link and the limits may change while the guest exists.
     fn patch_nic(&mut self, id: &str, patch: &NicPatch) -> Result<Response, Problem> {
         let old = self.nic_config(id)?.clone();
         let changed = patch.apply(&old)?;
-        if self.inventory.is_some() && !patch.is_live() {
+        if !patch.is_live() {
             return Err(while_running(id, "`link`, `rx_limits` and `tx_limits`"));
         }
         let link = changed.link;
@@ -186,13 +178,14 @@ impl Controller {
         })
     }
 
-    fn nic_info(&self, id: &str) -> Result<NicInfo, Problem> {
+    pub(super) fn nic_info(&self, id: &str) -> Result<NicInfo, Problem> {
         let config = self.nic_config(id)?.clone();
         let live = self.inventory.as_ref().and_then(|i| i.nic(id));
         Ok(NicInfo {
             state: self.device_state(id),
             pci: self.pci(id)?,
             link: config.link,
+            tap: config.tap.as_deref().or_else(|| self.taps.name(id)).map(str::to_owned),
             counters: live.map_or_else(NicCounters::default, |l| l.counters()),
             config,
         })

@@ -110,7 +110,7 @@ impl Controller {
         let Some(Operation::Drain { purpose, busy, .. }) = &self.operation else { return };
         let going_on = matches!(purpose, Purpose::Pause { .. } | Purpose::GoOn);
         let ending = matches!(purpose, Purpose::End(_));
-        let cancels = going_on && request == Request::Act(Action::Resume);
+        let cancels = going_on && matches!(request, Request::Act(Action::Resume));
         if let Err(illegal) = decide(self.state, request.kind())
             && !cancels
         {

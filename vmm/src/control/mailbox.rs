@@ -7,10 +7,11 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use rackvisor_api::control::{Control, Reply, Request};
 use rackvisor_api::events::EventLog;
+use rackvisor_api::problem::Problem;
 use rackvisor_devices::{DeviceEvent, DeviceNotifier};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::assembly::{AssemblyError, Machine};
+use crate::assembly::{AssemblyError, Machine, Taps};
 use crate::cpu::vcpu::VcpuEvent;
 use crate::telemetry::Sources;
 
@@ -34,6 +35,8 @@ pub enum Message {
     },
     /// A vCPU has something to tell.
     Vcpu(Generation, VcpuEvent),
+    /// A job has checked the descriptors of a definition: all that it has then.
+    Claimed(Result<Taps, Problem>),
     /// A job has put the machine together.
     Assembled(Box<Result<Machine, AssemblyError>>),
     /// A job has brought the machine back to power-on.

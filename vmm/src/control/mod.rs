@@ -1,6 +1,7 @@
 //! The control thread: the one owner of the VM, its mailbox and its loop.
 
 mod controller;
+mod definition;
 mod describe;
 mod disks;
 mod draining;
@@ -16,10 +17,9 @@ use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use rackvisor_api::config::VmConfig;
-use rackvisor_api::control::{Reply, Request};
 use rackvisor_api::events::EventLog;
 use rackvisor_api::problem::Problem;
-use rackvisor_api::state::{Action, VmState};
+use rackvisor_api::state::VmState;
 use rackvisor_devices::ThreadSpawner;
 use thiserror::Error;
 
@@ -56,9 +56,7 @@ pub enum Lifetime {
     /// For its clients, until it is told to end.
     #[default]
     Served,
-    /// As [`Lifetime::Served`], but it ends if the first boot fails.
-    BootOrEnd,
-    /// For one guest: it ends with it, or if it cannot be booted.
+    /// For one guest: it ends with it.
     WithGuest,
 }
 
@@ -69,7 +67,7 @@ pub struct LastWord {
     pub state: VmState,
     /// Why it is in this state.
     pub cause: Option<String>,
-    /// Why the VM that the loop lived for did not boot.
+    /// Why the VM that the loop was started with could not be defined or booted.
     pub failure: Option<Problem>,
 }
 
@@ -101,15 +99,10 @@ impl ControlLoop {
         self.end_on = Some(source);
     }
 
-    /// Defines the VM, and boots it if `boot`, before any other request is heard. Failures end up in [`LastWord::failure`]
-    /// unless the loop lives for its clients.
+    /// Defines the VM, and boots it if `boot`, before any other request is heard. A failure ends the loop and is
+    /// [`LastWord::failure`] then.
     pub fn start_with(&mut self, config: VmConfig, boot: bool) {
-        let requests = [Some(Request::Define(Box::new(config))), boot.then_some(Request::Act(Action::Boot))];
-        for request in requests.into_iter().flatten() {
-            // Nobody waits for the answer: what matters is kept by the controller.
-            let (reply, _) = Reply::to_thread();
-            self.controller.take(Message::Api(request, reply));
-        }
+        self.controller.start_with(config, boot);
     }
 
     /// Runs until [`Message::Terminate`] has ended the VM.

@@ -2,8 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use rackvisor_api::config::VmConfig;
 use rackvisor_api::control::Reply;
 use rackvisor_api::state::VmState;
+
+use super::definition::Subject;
 
 /// How long devices may take to drain before whoever waits for the operation is told so. The operation goes on.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(20);
@@ -42,6 +45,15 @@ pub struct Ending {
 
 /// What is under way.
 pub enum Operation {
+    /// A job checks the descriptors that come with a definition.
+    Define {
+        /// The definition.
+        config: Box<VmConfig>,
+        /// What of it was asked for.
+        subject: Subject,
+        /// Who waits for it.
+        reply: Reply,
+    },
     /// A job puts the machine together.
     Boot {
         /// Who waits for it.

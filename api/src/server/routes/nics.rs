@@ -3,7 +3,7 @@
 use axum::extract::{Path, State};
 
 use super::super::App;
-use super::super::extract::{JsonBody, NoBody};
+use super::super::extract::{JsonBody, JsonWithFds, NoBody};
 use super::super::respond::Answer;
 use super::{BodyProblems, ChangeProblems, ReadProblems, check_id};
 use crate::config::{NicConfig, NicPatch};
@@ -27,14 +27,19 @@ pub(super) async fn show(State(app): State<App>, Path(id): Path<String>) -> Answ
 
 /// Add a NIC, or replace it
 ///
-/// Legal in: defined, stopped, crashed. The id in the body must be the one in the path.
+/// Legal in: defined, stopped, crashed. The id in the body must be the one in the path. Descriptors of its tap (`tap_fds`) may
+/// come with the request (SCM_RIGHTS); they are checked at once.
 #[utoipa::path(put, path = "/v1/vm/nics/{id}", tag = "nics", operation_id = "putNic",
     params(("id" = String, Path, description = "The id of the NIC.")), request_body = NicConfig,
     responses((status = 200, description = "The NIC is replaced.", body = NicInfo),
         (status = 201, description = "The NIC is added.", body = NicInfo), ReadProblems, ChangeProblems, BodyProblems))]
-pub(super) async fn put(State(app): State<App>, Path(id): Path<String>, JsonBody(nic): JsonBody<NicConfig>) -> Answer {
+pub(super) async fn put(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    JsonWithFds(nic, passed): JsonWithFds<NicConfig>,
+) -> Answer {
     Answer(match nic.check(&Pointer::root()).and_then(|()| check_id(&id, &nic.id)) {
-        Ok(()) => app.ask(Request::PutNic(Box::new(nic))).await,
+        Ok(()) => app.ask(Request::PutNic(Box::new(nic), passed)).await,
         Err(problem) => Err(problem),
     })
 }

@@ -3,7 +3,7 @@
 use axum::extract::State;
 
 use super::super::App;
-use super::super::extract::{JsonBody, NoBody};
+use super::super::extract::{JsonWithFds, NoBody};
 use super::super::respond::Answer;
 use super::{BodyProblems, ChangeProblems, ReadProblems};
 use crate::config::VmConfig;
@@ -20,13 +20,14 @@ pub(super) async fn describe(State(app): State<App>) -> Answer {
 /// Define the VM, or replace its definition
 ///
 /// Legal in: undefined, defined, stopped, crashed. The configuration is checked as far as that needs no look at the
-/// host; nothing is opened before the boot.
+/// host; nothing is opened before the boot. Only descriptors of taps (`tap_fds`) are checked at once: up to 64 may come with the
+/// request (SCM_RIGHTS), which are taken in the order of the NICs.
 #[utoipa::path(put, path = "/v1/vm", tag = "vm", operation_id = "define", request_body = VmConfig,
     responses((status = 200, description = "The VM has the new definition.", body = VmInfo),
         (status = 201, description = "The VM is defined.", body = VmInfo), ReadProblems, ChangeProblems, BodyProblems))]
-pub(super) async fn define(State(app): State<App>, JsonBody(config): JsonBody<VmConfig>) -> Answer {
+pub(super) async fn define(State(app): State<App>, JsonWithFds(config, passed): JsonWithFds<VmConfig>) -> Answer {
     Answer(match config.validate() {
-        Ok(()) => app.ask(Request::Define(Box::new(config))).await,
+        Ok(()) => app.ask(Request::Define(Box::new(config), passed)).await,
         Err(problem) => Err(problem),
     })
 }

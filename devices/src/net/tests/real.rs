@@ -11,7 +11,7 @@ const ETH_P_ALL: u16 = 3;
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 /// Runs `test` in a thread with a network namespace of its own; its threads inherit it.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let ran = std::thread::spawn(move || {
         // SAFETY: no pointers; affects this thread only.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 || !std::path::Path::new("/dev/net/tun").exists() {
@@ -25,6 +25,12 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// Goes over to yet another network namespace.
+pub(super) fn leave_namespace() {
+    // SAFETY: no pointers; affects this thread only.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+}
+
 fn socket(family: i32, kind: i32, protocol: i32) -> OwnedFd {
     // SAFETY: no pointers; the result is checked and belongs to nobody else.
     unsafe {
@@ -35,7 +41,7 @@ fn socket(family: i32, kind: i32, protocol: i32) -> OwnedFd {
 }
 
 /// Sets an interface up or down.
-fn set_up(name: &str, up: bool) {
+pub(super) fn set_up(name: &str, up: bool) {
     let socket = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
     let mut request = [0u8; 40];
     request[..name.len()].copy_from_slice(name.as_bytes());
@@ -48,10 +54,10 @@ fn set_up(name: &str, up: bool) {
 }
 
 /// A packet socket on the host's side of a tap: what it sends arrives at the guest.
-struct Wire(OwnedFd);
+pub(super) struct Wire(OwnedFd);
 
 impl Wire {
-    fn new(name: &str, header: bool) -> Self {
+    pub(super) fn new(name: &str, header: bool) -> Self {
         let fd = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(ETH_P_ALL.to_be()));
         let name = std::ffi::CString::new(name).unwrap();
         // SAFETY: plain structs and their sizes; zero is a valid sockaddr_ll.
@@ -80,7 +86,7 @@ impl Wire {
     }
 
     /// The next frame of our own type from the guest.
-    fn receive(&self) -> Vec<u8> {
+    pub(super) fn receive(&self) -> Vec<u8> {
         loop {
             let mut data = vec![0; 70_000];
             // SAFETY: pointer and length of a mutable slice.
@@ -96,7 +102,7 @@ impl Wire {
 }
 
 /// An Ethernet frame of `length` bytes from the guest (or to it).
-fn ethernet(from_guest: bool, length: usize, seed: u8) -> Vec<u8> {
+pub(super) fn ethernet(from_guest: bool, length: usize, seed: u8) -> Vec<u8> {
     let mut data = frame(length, seed);
     data[..6].copy_from_slice(if from_guest { &[0xff; 6] } else { &MAC });
     data[6..12].copy_from_slice(if from_guest { &MAC } else { &[2, 0, 0, 0, 0, 1] });
@@ -234,7 +240,7 @@ fn a_tap_that_goes_down_is_told_of_once_and_works_again_when_it_is_up() {
 }
 
 /// Runs `ip`; says whether it did what it was told.
-fn ip(arguments: &str) -> bool {
+pub(super) fn ip(arguments: &str) -> bool {
     let status = std::process::Command::new("ip").args(arguments.split_whitespace()).status();
     status.is_ok_and(|status| status.success())
 }
