@@ -29,18 +29,21 @@ const LEVELS: [Level; 6] = [
     Level { polite: true, goal: 16 },
     Level { polite: true, goal: 32 },
 ];
-/// What is tried in turn, from the present level.
-const STEPS: [isize; 4] = [1, 2, -1, -2];
+/// What is tried in turn, from the present level: first what gains most where there is anything to gain.
+const STEPS: [isize; 5] = [3, 1, -1, 2, -2];
+/// Those that go on from a level that was better, upwards and downwards.
+const UPWARDS: usize = 1;
+const DOWNWARDS: usize = 2;
 /// Requests that are looked at together.
-const EPISODE: u32 = 128;
-/// A try ends after so many batches already if nothing gathers, after so many waits for what the driver does not have, and
-/// when it takes so many times as long as without.
+const EPISODE: u32 = 256;
+/// A try ends after so many batches already if nothing gathers, after so many waits for what the driver does not have if most
+/// batches were such, and when it takes so many times as long as without.
 const PROBE: u32 = 8;
 const VAIN: u32 = 3;
 const SLOWER: f64 = 2.0;
 /// Smaller batches than this on average are worth a try.
 const SMALL: u32 = 4;
-/// How many times as many requests have to come through as with the first level.
+/// How many times as many requests have to come through for a change of level: less may be chance.
 const GAIN: f64 = 1.1;
 /// What a new episode weighs in what is known of its level.
 const NEW: f64 = 0.5;
@@ -152,7 +155,8 @@ impl Moderation {
         let rate = f64::from(self.requests) / time;
         let alone = self.batches >= PROBE && self.batches.saturating_mul(2) > self.requests;
         let slow = self.tried.is_some() && time * self.rate(self.home) > SLOWER * f64::from(EPISODE);
-        if self.index() > 0 && (alone || self.vain >= VAIN) {
+        let vain = self.vain >= VAIN && self.vain.saturating_mul(2) > self.batches;
+        if self.index() > 0 && (alone || vain) {
             self.unsuited();
             self.begin(now);
         } else if self.requests >= EPISODE || slow {
@@ -195,7 +199,7 @@ impl Moderation {
             }
             Some(tried) if self.is_better(tried) => {
                 // Perhaps there is one that is better still.
-                (self.home, self.tried, self.step) = (tried, None, if tried > self.home { 0 } else { 2 });
+                (self.home, self.tried, self.step) = (tried, None, if tried > self.home { UPWARDS } else { DOWNWARDS });
                 (self.left, self.backoff) = (1, SOONEST);
             }
             Some(_) => self.tried_in_vain(),
@@ -226,11 +230,8 @@ impl Moderation {
 
     fn is_better(&self, tried: usize) -> bool {
         let (home, other) = (self.rate(self.home), self.rate(tried));
-        match (self.home, tried) {
-            (0, _) => other >= home * GAIN,
-            (_, 0) => other * GAIN > home,
-            _ => other > home,
-        }
+        // Where nothing is gained, nothing waits.
+        if tried == 0 { other > home } else { other >= home * GAIN }
     }
 
     fn begin(&mut self, now: Instant) {
