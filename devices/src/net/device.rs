@@ -15,6 +15,7 @@ use super::features::{self, GUEST_OFFLOADS};
 use super::lane::Lane;
 use super::shared::{CardOptions, Shared};
 use super::tap::{MAX_QUEUES, Tap};
+use super::vhost::{DEVICE, Vhost};
 use super::worker::{Message, Start, Worker};
 use crate::limiter::Limits;
 use crate::metrics::MetricSource;
@@ -22,7 +23,7 @@ use crate::virtio::{Activation, DeviceType, StartError, StillBusy, StoppedQueue,
 use crate::{DeviceNotifier, ThreadSpawner};
 
 /// VIRTIO_F_RING_INDIRECT_DESC, which the transport offers.
-const RING_INDIRECT_DESC: u32 = 28;
+pub(super) const RING_INDIRECT_DESC: u32 = 28;
 /// Size of the control queue: commands come one at a time, in up to three descriptors.
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Link speed shown to the guest, in Mbit/s. A tap has none; drivers that aggregate links want one.
@@ -49,6 +50,9 @@ pub struct NetOptions {
     pub link_up: bool,
     /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
     pub antispoof: bool,
+    /// Have the kernel's vhost-net move the frames, with the same features. It moves them unseen: `antispoof` and limits
+    /// hold only while our own path has the rings, so they are not for such a card.
+    pub vhost: bool,
     /// What the guest may receive per second: what exceeds it waits in the tap, which drops what it cannot hold.
     pub rx_limits: Limits,
     /// What the guest may send per second: what exceeds it waits in its ring.
@@ -102,6 +106,16 @@ pub enum NetError {
         mtu: u16,
         /// The tap's.
         largest: u32,
+    },
+    /// The kernel's vhost-net cannot be used.
+    #[error(
+        "NIC {id}: {DEVICE}, which `vhost` needs, cannot be used: {error}; load it with `modprobe vhost_net` (Linux 5.4 or newer) and give this user access, or set `vhost` to false"
+    )]
+    Vhost {
+        /// The card.
+        id: String,
+        /// The kernel's answer.
+        error: io::Error,
     },
     /// The host refused a descriptor or a thread.
     #[error(
@@ -213,8 +227,8 @@ impl VirtioNet {
         notifier: Arc<dyn DeviceNotifier>,
     ) -> Result<Self, NetError> {
         check(&options)?;
-        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof, rx_limits, tx_limits } =
-            options;
+        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof, vhost, .. } = options;
+        let (rx_limits, tx_limits) = (options.rx_limits, options.tx_limits);
         let host = |action| {
             let id = id.clone();
             move |error| NetError::Host { id, action, error }
@@ -223,7 +237,7 @@ impl VirtioNet {
         let wakes: io::Result<Vec<EventFd>> = (0..queue_pairs).map(|_| wake()).collect();
         let wakes = wakes.map_err(host("make an eventfd"))?;
         let features = offered(&tap, queue_pairs, mtu);
-        let card = CardOptions { id: id.clone(), mac, antispoof, link_up, rx_limits, tx_limits };
+        let card = CardOptions { id: id.clone(), mac, antispoof, link_up, vhost, rx_limits, tx_limits };
         let shared = Arc::new(Shared::new(card, tap, wakes, notifier));
         let mut queue_sizes = vec![queue_size; usize::from(queue_pairs) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -235,7 +249,13 @@ impl VirtioNet {
         for index in 0..usize::from(queue_pairs) {
             let (messages, inbox) = mpsc::channel();
             let (outbox, stopped) = mpsc::channel();
-            let worker = Worker::new(index, Arc::clone(&card.shared), inbox, outbox).map_err(host("make an epoll"))?;
+            let kernel = if vhost {
+                Some(Vhost::open().map_err(|error| NetError::Vhost { id: id.clone(), error })?)
+            } else {
+                None
+            };
+            let worker = Worker::new(index, Arc::clone(&card.shared), kernel, inbox, outbox);
+            let worker = worker.map_err(host("make an epoll"))?;
             let thread = spawner.spawn(&format!("{id}.q{index}"), Box::new(move || worker.run()));
             let thread = Some(thread.map_err(host("start a thread"))?);
             card.workers.push(WorkerHandle { messages, stopped, thread });

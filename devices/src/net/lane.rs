@@ -29,10 +29,15 @@ impl Lane {
     /// Shows the driver what was used and interrupts it if it wants that.
     pub(super) fn flush(&mut self, memory: &GuestMemoryMmap, interrupts: &Counter) -> Result<(), RingError> {
         if self.ring.publish(memory)? {
-            interrupts.increment();
-            self.interrupt.trigger();
+            self.interrupt(interrupts);
         }
         Ok(())
+    }
+
+    /// Interrupts the driver.
+    pub(super) fn interrupt(&self, interrupts: &Counter) {
+        interrupts.increment();
+        self.interrupt.trigger();
     }
 
     /// The queue's positions, to go on from later.

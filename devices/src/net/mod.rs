@@ -3,8 +3,8 @@
 //! [`device::VirtioNet`] is what the transport sees; it owns one worker thread per queue pair and sends them messages. A
 //! worker (`worker`) waits in epoll for its commands, its rings and its queue of the tap, and runs the two halves of the data
 //! path, `rx` and `tx`; the first one also answers the control queue (`control`). The data path is the only part that knows
-//! how frames travel: another one (vhost-net) takes the place of `rx` and `tx` in a worker, with the same features, control
-//! queue and lifecycle before it.
+//! how frames travel, and `path` is its seam: there the kernel's (`vhost`) takes the place of `rx` and `tx`, with the same
+//! features, control queue and lifecycle before it.
 
 mod announce;
 mod control;
@@ -13,13 +13,17 @@ pub mod device;
 pub mod features;
 mod filter;
 mod lane;
+mod path;
 mod rx;
 mod shared;
 mod sys;
 pub mod tap;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod tx;
+mod vhost;
+mod watches;
 mod worker;
 
 use std::io;

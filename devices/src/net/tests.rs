@@ -61,6 +61,7 @@ fn options(tap: Tap, queue_pairs: u16) -> NetOptions {
         mtu: None,
         link_up: true,
         antispoof: false,
+        vhost: false,
         rx_limits: Limits::default(),
         tx_limits: Limits::default(),
     }
