@@ -27,7 +27,8 @@ pub fn full_config() -> serde_json::Value {
             { "id": "net0", "tap": "tap0", "mac": "52:54:00:00:00:01", "queues": 2, "queue_size": 512,
               "mtu": 9000, "link": "down", "slot": 7, "antispoof": true,
               "rx_limits": { "packets_per_second": 1000, "packets_burst": 2000 },
-              "tx_limits": { "bytes_per_second": "10MiB", "bytes_burst": "1MiB" } }
+              "tx_limits": { "bytes_per_second": "10MiB", "bytes_burst": "1MiB" } },
+            { "id": "net1", "tap": "tap1", "mac": "52:54:00:00:00:02", "vhost": true }
         ],
         "rng": true,
         "serial": { "mode": "socket", "path": "/run/console.sock" },

@@ -20,6 +20,7 @@ pub fn open(config: &NicConfig, host: &Host) -> Result<(VirtioNet, LiveNic), Ass
         mtu: config.mtu,
         link_up: config.link == Link::Up,
         antispoof: config.antispoof,
+        vhost: config.vhost,
         rx_limits: limits::of_nic(&config.rx_limits),
         tx_limits: limits::of_nic(&config.tx_limits),
     };
