@@ -8,7 +8,9 @@ mod limits;
 mod real;
 mod receive;
 mod transmit;
+mod vhost;
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -37,6 +39,8 @@ struct Card {
     host: Vec<UnixDatagram>,
     notifier: Arc<RecordedNotifier>,
     features: u64,
+    /// Receive buffers of a real tap, which also gets frames that the test did not send.
+    given: HashMap<u16, u64>,
 }
 
 fn double(pairs: u16) -> (Tap, Vec<UnixDatagram>) {
@@ -75,11 +79,16 @@ impl Card {
     }
 
     fn with_tap(tap: Tap, host: Vec<UnixDatagram>, pairs: u16, ring_size: u16, features: u64) -> Self {
+        Self::with_options(options(tap, pairs), host, ring_size, features)
+    }
+
+    fn with_options(options: NetOptions, host: Vec<UnixDatagram>, ring_size: u16, features: u64) -> Self {
+        let pairs = options.queue_pairs;
         let notifier = Arc::new(RecordedNotifier::default());
-        let device = VirtioNet::new(options(tap, pairs), &PlainThreads, notifier.clone()).unwrap();
+        let device = VirtioNet::new(options, &PlainThreads, notifier.clone()).unwrap();
         let mut sizes = vec![ring_size; usize::from(pairs) * 2];
         sizes.push(64);
-        Self { device, driver: TestDriver::new(&sizes), host, notifier, features }
+        Self { device, driver: TestDriver::new(&sizes), host, notifier, features, given: HashMap::new() }
     }
 
     /// A card that runs.

@@ -397,10 +397,9 @@ impl Worker {
     /// Sees what changed that the frames to come depend on, and takes the rings from the kernel where it must not go on.
     fn follow_path(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
         let shared = &self.shared;
-        let purges = shared.purges.load(Ordering::SeqCst);
-        let stale = std::mem::replace(&mut self.purges, purges) != purges;
         let Some(running) = &mut self.running else { return };
-        if stale {
+        let purges = shared.purges.load(Ordering::SeqCst);
+        if std::mem::replace(&mut self.purges, purges) != purges {
             running.path.purge();
         }
         running.path.follow_offloads(shared.offloads.load(Ordering::SeqCst));

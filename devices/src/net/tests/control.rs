@@ -3,7 +3,7 @@ use super::*;
 const CONTROL_1: usize = 2;
 
 /// Runs a command and gives the answer; `0xaa` where the device wrote none.
-fn command(card: &mut Card, ring: usize, data: &[u8]) -> u8 {
+pub(super) fn command(card: &mut Card, ring: usize, data: &[u8]) -> u8 {
     let address = card.driver.allocate(128, 1);
     card.driver.write(address, data);
     card.driver.write(address + 100, &[0xaa]);
@@ -18,7 +18,7 @@ fn command(card: &mut Card, ring: usize, data: &[u8]) -> u8 {
     card.driver.read(address + 100, 1)[0]
 }
 
-fn offloads(value: u64) -> Vec<u8> {
+pub(super) fn offloads(value: u64) -> Vec<u8> {
     [&[5, 0][..], &value.to_le_bytes()].concat()
 }
 

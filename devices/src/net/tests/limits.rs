@@ -7,11 +7,8 @@ const ONE: Limits = Limits { ops: Some(Rate { per_second: 1, burst: Some(1) }), 
 
 fn limited(rx_limits: Limits, tx_limits: Limits) -> Card {
     let (tap, host) = double(1);
-    let notifier = Arc::new(RecordedNotifier::default());
     let options = NetOptions { rx_limits, tx_limits, ..options(tap, 1) };
-    let device = VirtioNet::new(options, &PlainThreads, notifier.clone()).unwrap();
-    let features = bit(crate::net::features::MRG_RXBUF);
-    Card { device, driver: TestDriver::new(&[64, 64, 64]), host, notifier, features }
+    Card::with_options(options, host, 64, bit(crate::net::features::MRG_RXBUF))
 }
 
 #[test]

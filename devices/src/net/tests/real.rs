@@ -6,12 +6,12 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use super::*;
 use crate::DeviceEvent;
 
-const MERGE: u64 = bit(features::MRG_RXBUF);
+pub(super) const MERGE: u64 = bit(features::MRG_RXBUF);
 const ETH_P_ALL: u16 = 3;
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 /// Runs `test` in a thread with a network namespace of its own; its threads inherit it.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let ran = std::thread::spawn(move || {
         // SAFETY: no pointers; affects this thread only.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 || !std::path::Path::new("/dev/net/tun").exists() {
@@ -35,7 +35,7 @@ fn socket(family: i32, kind: i32, protocol: i32) -> OwnedFd {
 }
 
 /// Sets an interface up or down.
-fn set_up(name: &str, up: bool) {
+pub(super) fn set_up(name: &str, up: bool) {
     let socket = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
     let mut request = [0u8; 40];
     request[..name.len()].copy_from_slice(name.as_bytes());
@@ -48,10 +48,10 @@ fn set_up(name: &str, up: bool) {
 }
 
 /// A packet socket on the host's side of a tap: what it sends arrives at the guest.
-struct Wire(OwnedFd);
+pub(super) struct Wire(OwnedFd);
 
 impl Wire {
-    fn new(name: &str, header: bool) -> Self {
+    pub(super) fn new(name: &str, header: bool) -> Self {
         let fd = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(ETH_P_ALL.to_be()));
         let name = std::ffi::CString::new(name).unwrap();
         // SAFETY: plain structs and their sizes; zero is a valid sockaddr_ll.
@@ -73,14 +73,14 @@ impl Wire {
         Self(fd)
     }
 
-    fn send(&self, data: &[u8]) {
+    pub(super) fn send(&self, data: &[u8]) {
         // SAFETY: pointer and length of a slice.
         let sent = unsafe { libc::send(self.0.as_raw_fd(), data.as_ptr().cast(), data.len(), 0) };
         assert_eq!(sent, data.len() as isize, "{}", std::io::Error::last_os_error());
     }
 
     /// The next frame of our own type from the guest.
-    fn receive(&self) -> Vec<u8> {
+    pub(super) fn receive(&self) -> Vec<u8> {
         loop {
             let mut data = vec![0; 70_000];
             // SAFETY: pointer and length of a mutable slice.
@@ -96,7 +96,7 @@ impl Wire {
 }
 
 /// An Ethernet frame of `length` bytes from the guest (or to it).
-fn ethernet(from_guest: bool, length: usize, seed: u8) -> Vec<u8> {
+pub(super) fn ethernet(from_guest: bool, length: usize, seed: u8) -> Vec<u8> {
     let mut data = frame(length, seed);
     data[..6].copy_from_slice(if from_guest { &[0xff; 6] } else { &MAC });
     data[6..12].copy_from_slice(if from_guest { &MAC } else { &[2, 0, 0, 0, 0, 1] });
@@ -106,7 +106,7 @@ fn ethernet(from_guest: bool, length: usize, seed: u8) -> Vec<u8> {
 
 impl Card {
     /// A running card over the tap `name`, which is set up.
-    fn real(name: &str, pairs: u16, features: u64) -> Self {
+    pub(super) fn real(name: &str, pairs: u16, features: u64) -> Self {
         let tap = Tap::open(name, pairs).unwrap();
         set_up(name, true);
         let mut card = Self::with_tap(tap, Vec::new(), pairs, 128, features);
@@ -115,7 +115,7 @@ impl Card {
     }
 
     /// Waits for our own frame among what else the host sends, and gives it; gives other buffers back.
-    fn await_frame(&mut self, addresses: &std::collections::HashMap<u16, u64>) -> Vec<u8> {
+    pub(super) fn await_frame(&mut self, addresses: &HashMap<u16, u64>) -> Vec<u8> {
         loop {
             let used = self.used(RX);
             let mut data = self.driver.read(addresses[&used.head], used.length as usize);
@@ -129,7 +129,7 @@ impl Card {
         }
     }
 
-    fn give_many(&mut self, count: usize, length: u32) -> std::collections::HashMap<u16, u64> {
+    pub(super) fn give_many(&mut self, count: usize, length: u32) -> HashMap<u16, u64> {
         (0..count).map(|_| self.give(length)).collect()
     }
 }
@@ -234,7 +234,7 @@ fn a_tap_that_goes_down_is_told_of_once_and_works_again_when_it_is_up() {
 }
 
 /// Runs `ip`; says whether it did what it was told.
-fn ip(arguments: &str) -> bool {
+pub(super) fn ip(arguments: &str) -> bool {
     let status = std::process::Command::new("ip").args(arguments.split_whitespace()).status();
     status.is_ok_and(|status| status.success())
 }
