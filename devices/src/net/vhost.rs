@@ -83,9 +83,9 @@ impl Vhost {
         let _ = self.error.read();
         self.memory = Some(Arc::clone(memory));
         let started = self.prepare(features, memory, lanes).and_then(|()| {
+            (0..).zip(lanes).try_for_each(|(ring, _)| sys::set_backend(&self.device, ring, Some(tap)))?;
             // Chains that wait were kicked long ago.
-            lanes.into_iter().try_for_each(|lane| lane.kick.write(1))?;
-            (0..).zip(lanes).try_for_each(|(ring, _)| sys::set_backend(&self.device, ring, Some(tap)))
+            lanes.into_iter().try_for_each(|lane| lane.kick.write(1))
         });
         started.inspect_err(|_| {
             let _ = self.stop();
