@@ -98,7 +98,7 @@ fn pass_a_hundred_megabytes(vhost: bool) {
     assert_eq!(counters.errors, 0);
     if vhost {
         await_vhost(&vmm, true);
-        assert_eq!(metric(&vmm, &["net_vhost_errors"]), 0.0);
+        assert_eq!(metric(&vmm, &["net_vhost_errors_total{"]), 0.0);
     }
 
     // The cable: the guest sees it go and come.
@@ -189,7 +189,7 @@ fn a_card_of_vhost_goes_on_after_pauses_resets_and_another_driver_and_nothing_is
     let ping = format!("ping -c 1 {}", tap.host());
     for _ in 0..3 {
         vmm.client.act(Action::Pause).unwrap();
-        assert_eq!(metric(&vmm, &["net_vhost_engaged"]), 0.0, "the rings are not the kernel's in a paused VM");
+        assert_eq!(metric(&vmm, &["net_vhost_engaged{"]), 0.0, "the rings are not the kernel's in a paused VM");
         vmm.client.act(Action::Resume).unwrap();
         guest.ok(&ping);
         await_vhost(&vmm, true);
@@ -207,7 +207,7 @@ fn a_card_of_vhost_goes_on_after_pauses_resets_and_another_driver_and_nothing_is
         await_vhost(&vmm, true);
     }
     assert_nothing_more(vmm.pid(), &census);
-    assert_eq!(metric(&vmm, &["net_vhost_errors"]), 0.0);
+    assert_eq!(metric(&vmm, &["net_vhost_errors_total{"]), 0.0);
 
     let limits = NicLimitsPatch { packets_per_second: Patch::Set(1000), ..NicLimitsPatch::default() };
     let patch = NicPatch { rx_limits: Patch::Set(limits), ..NicPatch::default() };

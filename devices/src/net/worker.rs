@@ -153,20 +153,8 @@ impl Worker {
                 }
             };
             for event in events.iter().take(ready) {
-                match Token::of(event) {
-                    Some(Token::Wake) => {
-                        if !self.handle_messages(counters, tap) {
-                            return;
-                        }
-                    }
-                    Some(Token::Call) => self.pass_calls_on(counters),
-                    Some(Token::VhostError) => self.vhost_error(counters),
-                    Some(token) => {
-                        if let Some(running) = &mut self.running {
-                            running.mark(token, event.event_set(), counters);
-                        }
-                    }
-                    None => {}
+                if !self.handle(event, counters, tap) {
+                    return;
                 }
             }
             self.look_after_tap();
@@ -174,6 +162,18 @@ impl Worker {
             self.announce(tap);
             more = self.turn(counters, tap);
         }
+    }
+
+    /// Notes an event; `false` when the thread is to end.
+    fn handle(&mut self, event: &EpollEvent, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
+        match (Token::of(event), &mut self.running) {
+            (Some(Token::Wake), _) => return self.handle_messages(counters, tap),
+            (Some(Token::Call), _) => self.pass_calls_on(counters),
+            (Some(Token::VhostError), _) => self.vhost_error(counters),
+            (Some(token), Some(running)) => running.mark(token, event.event_set(), counters),
+            _ => {}
+        }
+        true
     }
 
     /// How long to wait for events, in milliseconds; -1: for ever.
