@@ -125,9 +125,14 @@ impl Path {
         }
     }
 
-    /// vhost-net cannot serve these rings: our own path has them until the next start.
+    /// vhost-net cannot serve these rings: our own path has them until the next start, or another tap.
     pub(super) fn keep_from_kernel(&mut self) {
         self.failed = true;
+    }
+
+    /// Undoes [`Path::keep_from_kernel`].
+    pub(super) fn allow_kernel(&mut self) {
+        self.failed = false;
     }
 
     /// Whether the tap was full when the driver had something to send.

@@ -240,6 +240,10 @@ impl Worker {
         if std::mem::replace(&mut self.tap_generation, generation) == generation {
             return;
         }
+        if let Some(running) = &mut self.running {
+            // What the kernel met may have been the end of the former one.
+            running.path.allow_kernel();
+        }
         if self.is_in_kernel() {
             // The kernel holds the former file. Our own path watches the new one from now on.
             self.take_back(counters, tap);
@@ -304,8 +308,6 @@ impl Worker {
             if let Err(error) = prepared {
                 shared.tap_failed("prepare for the driver", &error);
             }
-        }
-        if self.index == 0 {
             shared.filter_tap();
         }
         let offloads = shared.offloads.load(Ordering::SeqCst);
@@ -451,13 +453,14 @@ impl Worker {
         }
     }
 
-    /// The kernel found something wrong with a ring. Our own path looks at it, and says what.
+    /// The kernel met something wrong. Our own path meets it, too, and says what.
     fn vhost_error(&mut self, counters: &PairCounters) {
         let (Some(vhost), Some(running)) = (&self.vhost, &mut self.running) else { return };
         if vhost.error.read().is_ok() {
             counters.vhost_errors.increment();
             running.path.keep_from_kernel();
-            self.shared.vhost_failed(self.index, "the driver's ring is broken, or has a buffer that is not guest RAM");
+            let reason = "it met a ring that is broken, a buffer that is not guest RAM, or a tap that is gone";
+            self.shared.vhost_failed(self.index, reason);
         }
     }
 
