@@ -52,6 +52,13 @@ pub fn kvm_is_missing() -> Option<&'static str> {
     (!fit).then_some("this host's KVM cannot run stock kernels (rackvisor doctor); run it by tests/lab/run")
 }
 
+/// Why vhost-net cannot be had here.
+pub fn vhost_is_missing() -> Option<&'static str> {
+    let there = std::path::Path::new("/dev/vhost-net").exists();
+    assert!(there || std::env::var_os("LAB").is_none(), "the lab has no /dev/vhost-net");
+    (!there).then_some("this host has no /dev/vhost-net (modprobe vhost_net)")
+}
+
 /// Says that the test of this thread does not run; past the test harness, which hides what successful tests print.
 pub fn skip(why: &str) {
     let thread = std::thread::current();
@@ -63,6 +70,16 @@ pub fn skip(why: &str) {
 macro_rules! needs_kvm {
     () => {
         if let Some(why) = $crate::kvm_is_missing() {
+            return $crate::skip(why);
+        }
+    };
+}
+
+/// Ends the test, loudly, where there is no KVM that runs stock kernels, or no vhost-net.
+#[macro_export]
+macro_rules! needs_vhost {
+    () => {
+        if let Some(why) = $crate::kvm_is_missing().or_else($crate::vhost_is_missing) {
             return $crate::skip(why);
         }
     };

@@ -6,12 +6,13 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::thread;
 
-use rackvisor_api::config::{Link, NicConfig, NicPatch, TapFds};
+use rackvisor_api::config::{Link, NicConfig, NicLimitsPatch, NicPatch, Patch, TapFds};
 use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::Action;
 use rackvisor_tests::{
-    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_same_bytes, eventually, linux, needs_kvm, noise, sha256, skip,
+    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_nothing_more, assert_same_bytes, eventually, linux, needs_kvm,
+    needs_vhost, noise, sha256, skip,
 };
 
 const AMOUNT: usize = 100_000_000;
@@ -23,18 +24,46 @@ fn listen(tap: &Tap) -> (TcpListener, String) {
     (listener, command)
 }
 
+/// The value of the first metric whose line has all these parts.
+fn metric(vmm: &Rackvisor, parts: &[&str]) -> f64 {
+    let metrics = vmm.client.metrics().unwrap();
+    let line = metrics.lines().find(|line| parts.iter().all(|part| line.contains(part)));
+    line.unwrap_or_else(|| panic!("no {parts:?} in {metrics}")).rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// Waits until vhost-net has the NIC's rings, or has them no more.
+fn await_vhost(vmm: &Rackvisor, engaged: bool) {
+    let wanted = f64::from(u8::from(engaged));
+    eventually("vhost-net has the rings, or not", || {
+        (metric(vmm, &["net_vhost_engaged{", "queue=\"0\""]) == wanted).then_some(())
+    });
+}
+
 #[test]
 fn a_hundred_megabytes_pass_through_the_tap_each_way_unharmed() {
     needs_kvm!();
+    pass_a_hundred_megabytes(false);
+}
+
+#[test]
+fn a_hundred_megabytes_pass_through_vhost_each_way_unharmed() {
+    needs_vhost!();
+    pass_a_hundred_megabytes(true);
+}
+
+fn pass_a_hundred_megabytes(vhost: bool) {
     let tap = Tap::new();
     let vmm = Rackvisor::start();
     let mut config = linux();
     config.boot.as_mut().unwrap().cmdline += &tap.cmdline();
     config.memory.size = ByteSize::mib(512);
     config.cpus.count = 2;
-    config.nics = vec![tap.nic()];
+    config.nics = vec![NicConfig { vhost, ..tap.nic() }];
     let mut guest = vmm.boot_linux(&config);
     guest.ok(&format!("ping -c 3 {}", tap.host()));
+    if vhost {
+        await_vhost(&vmm, true);
+    }
 
     let data = noise(5, AMOUNT);
     let (listener, command) = listen(&tap);
@@ -67,6 +96,10 @@ fn a_hundred_megabytes_pass_through_the_tap_each_way_unharmed() {
     let counters = vmm.client.nic("net0").unwrap().counters;
     assert!(counters.rx_bytes > AMOUNT as u64 && counters.tx_bytes > AMOUNT as u64, "{counters:?}");
     assert_eq!(counters.errors, 0);
+    if vhost {
+        await_vhost(&vmm, true);
+        assert_eq!(metric(&vmm, &["net_vhost_errors_total{"]), 0.0);
+    }
 
     // The cable: the guest sees it go and come.
     let carrier = |wanted| {
@@ -80,6 +113,9 @@ fn a_hundred_megabytes_pass_through_the_tap_each_way_unharmed() {
     vmm.client.patch_nic("net0", &NicPatch::link(Link::Up)).unwrap();
     guest.ok(&carrier(1));
     guest.ok(&format!("ping -c 1 {}", tap.host()));
+    if vhost {
+        await_vhost(&vmm, true);
+    }
 }
 
 /// A guest with this NIC that the host answers.
@@ -111,13 +147,21 @@ fn a_guest_that_takes_a_foreign_address_is_heard_by_nobody() {
 #[test]
 fn a_guest_that_listens_to_all_hears_what_is_for_others_and_one_that_does_not_does_not() {
     needs_kvm!();
+    listen_to_all(false);
+}
+
+#[test]
+fn a_guest_that_listens_to_all_hears_what_is_for_others_also_from_vhost_and_one_that_does_not_does_not() {
+    needs_vhost!();
+    listen_to_all(true);
+}
+
+fn listen_to_all(vhost: bool) {
     let (tap, vmm) = (Tap::new(), Rackvisor::start());
-    let mut guest = reachable(&vmm, &tap, |_| ());
-    let filtered = || {
-        let metrics = vmm.client.metrics().unwrap();
-        let line = metrics.lines().find(|line| line.contains("net_rx_drops") && line.contains("filtered")).unwrap();
-        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
-    };
+    let mut guest = reachable(&vmm, &tap, |nic| nic.vhost = vhost);
+    // With vhost it is the tap that drops.
+    let reason = if vhost { "reason=\"tap\"" } else { "reason=\"filtered\"" };
+    let filtered = || metric(&vmm, &["net_rx_drops", reason]);
     // A neighbour that does not exist: frames for its address go to the tap.
     let neighbour = tap.neighbour();
     let shout = || tap.send_to(neighbour);
@@ -197,6 +241,43 @@ fn a_guest_chooses_the_queue_that_receives_and_how_long_its_interrupts_are_held_
     assert!(first > 20 && second > 20, "{first} and {second}");
     guest.ok("ethtool -C eth0 rx-usecs 2000 rx-frames 32 tx-usecs 2000 tx-frames 32");
     guest.ok(&format!("ping -c 3 {}", tap.host()));
+}
+
+#[test]
+fn a_card_of_vhost_goes_on_after_pauses_resets_and_another_driver_and_nothing_is_left_behind() {
+    needs_vhost!();
+    let (tap, vmm) = (Tap::new(), Rackvisor::start());
+    let mut guest = reachable(&vmm, &tap, |nic| nic.vhost = true);
+    await_vhost(&vmm, true);
+    let census = vmm.census();
+    let ping = format!("ping -c 1 {}", tap.host());
+    for _ in 0..3 {
+        vmm.client.act(Action::Pause).unwrap();
+        assert_eq!(metric(&vmm, &["net_vhost_engaged{"]), 0.0, "the rings are not the kernel's in a paused VM");
+        vmm.client.act(Action::Resume).unwrap();
+        guest.ok(&ping);
+        await_vhost(&vmm, true);
+    }
+    let rebind = "device=$(basename $(readlink -f /sys/class/net/eth0/device)); cd /sys/bus/virtio/drivers/virtio_net; \
+                  echo $device >unbind && echo $device >bind";
+    for _ in 0..3 {
+        guest.ok(&format!("{rebind} && ip addr add {}/24 dev eth0 && ip link set eth0 up && {ping}", tap.guest()));
+    }
+    await_vhost(&vmm, true);
+    for _ in 0..2 {
+        guest.send("reboot -f");
+        guest.wait_ready();
+        guest.ok(&ping);
+        await_vhost(&vmm, true);
+    }
+    assert_nothing_more(vmm.pid(), &census);
+    assert_eq!(metric(&vmm, &["net_vhost_errors_total{"]), 0.0);
+
+    let limits = NicLimitsPatch { packets_per_second: Patch::Set(1000), ..NicLimitsPatch::default() };
+    let patch = NicPatch { rx_limits: Patch::Set(limits), ..NicPatch::default() };
+    let problem = vmm.client.patch_nic("net0", &patch).unwrap_err();
+    assert_eq!(problem.code(), Some(Code::InvalidValue), "a limit that nobody would keep: {problem}");
+    guest.ok(&ping);
 }
 
 #[test]

@@ -281,7 +281,7 @@ pub enum NicCommand {
         #[command(flatten)]
         options: NicOptions,
         /// Put a property back to its default (may be given several times)
-        #[arg(long, value_name = "PROPERTY", value_parser = ["queues", "queue_size", "mtu", "link", "slot", "antispoof", "rss", "rx_limits", "tx_limits"])]
+        #[arg(long, value_name = "PROPERTY", value_parser = ["queues", "queue_size", "mtu", "link", "slot", "antispoof", "vhost", "rss", "rx_limits", "tx_limits"])]
         unset: Vec<String>,
     },
     /// Remove a NIC; its tap stays
@@ -300,6 +300,9 @@ pub struct NicOptions {
     /// Let the guest choose the queue of each frame it receives (RSS)
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub rss: Option<bool>,
+    /// Have the host's kernel move the frames (vhost-net)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub vhost: Option<bool>,
     /// Frames per second that the guest may receive; 0: no limit
     #[arg(long, value_name = "N")]
     pub rx_packets: Option<u64>,

@@ -132,6 +132,7 @@ fn nic_patch(options: &NicOptions, unset: &[String]) -> NicPatch {
         link: property(&options.link, "link", unset),
         antispoof: property(&options.antispoof, "antispoof", unset),
         rss: property(&options.rss, "rss", unset),
+        vhost: property(&options.vhost, "vhost", unset),
         rx_limits: nic_limits(options.rx_packets, options.rx_bytes, "rx_limits", unset),
         tx_limits: nic_limits(options.tx_packets, options.tx_bytes, "tx_limits", unset),
         slot: property(&options.slot, "slot", unset),

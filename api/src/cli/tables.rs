@@ -296,6 +296,9 @@ pub fn nic(nic: &NicInfo) -> String {
     if config.antispoof {
         facts.add("antispoof", "drops frames under another address");
     }
+    if config.vhost {
+        facts.add("vhost", "the host's kernel moves the frames");
+    }
     if !config.rx_limits.is_unlimited() {
         facts.add("receives", nic_limits(&config.rx_limits));
     }

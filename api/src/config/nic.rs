@@ -55,6 +55,11 @@ pub struct NicConfig {
     #[serde(default)]
     #[schema(default = false)]
     pub rss: bool,
+    /// Have the host's kernel move the frames (/dev/vhost-net) instead of the VMM, with the same features for the guest except
+    /// that it cannot have interrupts held back. Not possible together with `antispoof`, `rss` and limits.
+    #[serde(default)]
+    #[schema(default = false)]
+    pub vhost: bool,
     /// What the guest may receive per second. What exceeds it waits in the tap, which drops what it cannot hold.
     #[serde(default)]
     pub rx_limits: NicLimits,
@@ -89,6 +94,7 @@ impl NicConfig {
             slot: None,
             antispoof: false,
             rss: false,
+            vhost: false,
             rx_limits: NicLimits::default(),
             tx_limits: NicLimits::default(),
         }
@@ -112,6 +118,7 @@ impl NicConfig {
                 "set queues to 2 or more, one for each CPU of the guest at best, or leave rss out",
             ));
         }
+        self.check_vhost(at)?;
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return Err(Problem::invalid(
                 &at.key("mtu"),
@@ -129,6 +136,26 @@ impl NicConfig {
                 let remedy = "give tap, the name of an interface, or tap_fds, its descriptors";
                 Err(Problem::invalid(&at.key("tap"), "the NIC has no tap", remedy))
             }
+        }
+    }
+
+    /// The kernel moves frames unseen: what needs a look at them is not possible then.
+    fn check_vhost(&self, at: &Pointer) -> Result<(), Problem> {
+        let conflicts = [
+            ("antispoof", self.antispoof),
+            ("rss", self.rss),
+            ("rx_limits", !self.rx_limits.is_unlimited()),
+            ("tx_limits", !self.tx_limits.is_unlimited()),
+        ];
+        match conflicts.into_iter().find(|(_, set)| self.vhost && *set) {
+            Some((field, _)) => Err(Problem::invalid(
+                &at.key(field),
+                format!("`{field}` is not possible with `vhost`: the host's kernel moves the frames past the VMM"),
+                format!(
+                    "leave `{field}` out, or set `vhost` to false; the network of the host can do the same to the tap"
+                ),
+            )),
+            None => Ok(()),
         }
     }
 }
@@ -192,6 +219,10 @@ pub struct NicPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<bool>)]
     pub rss: Patch<bool>,
+    /// Another `vhost`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<bool>)]
+    pub vhost: Patch<bool>,
     /// Changes to `rx_limits`; null takes all of them away.
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<NicLimitsPatch>)]
@@ -232,6 +263,7 @@ impl NicPatch {
             slot: apply(&self.slot, &nic.slot),
             antispoof: set(self.antispoof, nic.antispoof, fresh.antispoof),
             rss: set(self.rss, nic.rss, fresh.rss),
+            vhost: set(self.vhost, nic.vhost, fresh.vhost),
             rx_limits: NicLimitsPatch::apply_to(&self.rx_limits, &nic.rx_limits),
             tx_limits: NicLimitsPatch::apply_to(&self.tx_limits, &nic.tx_limits),
         })

@@ -253,6 +253,27 @@ fn a_merge_patch_keeps_sets_and_clears() {
 }
 
 #[test]
+fn what_needs_a_look_at_each_frame_is_refused_where_the_kernel_moves_them() {
+    let mut config = with_devices(0, 1);
+    config.nics[0].vhost = true;
+    config.validate().unwrap();
+    for (patch, field) in [
+        (&br#"{"antispoof":true}"#[..], "antispoof"),
+        (br#"{"rx_limits":{"packets_per_second":9}}"#, "rx_limits"),
+        (br#"{"tx_limits":{"bytes_burst":"1MiB","bytes_per_second":"1MiB"}}"#, "tx_limits"),
+    ] {
+        let mut nic = json::<NicPatch>(patch).unwrap().apply(&config.nics[0]).unwrap();
+        let problem = config.with_nic(nic.clone()).unwrap_err();
+        assert_eq!(problem.code, Code::InvalidValue, "{problem:?}");
+        assert_eq!(problem.pointer, Some(format!("/{field}")));
+        assert!(problem.remedy.contains("`vhost` to false"), "{}", problem.remedy);
+        nic.vhost = false;
+        config.with_nic(nic).unwrap();
+    }
+    assert!(!json::<NicPatch>(br#"{"vhost":null}"#).unwrap().is_live());
+}
+
+#[test]
 fn a_disk_names_a_group_that_exists_and_groups_are_named_once() {
     let mut config = with_devices(1, 0);
     config.disks[0].group = Some("g".into());

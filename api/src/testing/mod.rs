@@ -28,7 +28,7 @@ pub fn full_config() -> serde_json::Value {
               "mtu": 9000, "link": "down", "slot": 7, "antispoof": true, "rss": true,
               "rx_limits": { "packets_per_second": 1000, "packets_burst": 2000 },
               "tx_limits": { "bytes_per_second": "10MiB", "bytes_burst": "1MiB" } },
-            { "id": "net1", "tap_fds": { "inherited": [3, 4] }, "mac": "52:54:00:00:00:02", "queues": 2 }
+            { "id": "net1", "tap_fds": { "inherited": [3, 4] }, "mac": "52:54:00:00:00:02", "queues": 2, "vhost": true }
         ],
         "rng": true,
         "serial": { "mode": "socket", "path": "/run/console.sock" },

@@ -1,6 +1,9 @@
 //! What a NIC counts, per queue pair.
 
-use crate::metrics::{Counter, Sample, Value};
+use crate::metrics::{Counter, Gauge, Sample, Value};
+
+/// How many of the plain counters, the first ones, are of frames.
+const FRAMES: usize = 4;
 
 /// Counters of one queue pair. Bytes are those of Ethernet frames, without the virtio header.
 #[derive(Debug, Default)]
@@ -22,6 +25,10 @@ pub(super) struct PairCounters {
     pub(super) tx_throttled: Counter,
     pub(super) rx_drops: RxDrops,
     pub(super) tx_drops: TxDrops,
+    /// Whether vhost-net has the rings.
+    pub(super) vhost_engaged: Gauge,
+    /// vhost-net failed, or found a ring broken.
+    pub(super) vhost_errors: Counter,
 }
 
 /// Frames from the tap that did not reach the driver, and chains of the driver that could take none.
@@ -59,8 +66,9 @@ pub(super) struct TxDrops {
 }
 
 impl PairCounters {
-    /// Hands every sample to `visit`, labelled with the NIC and the number of the pair.
-    pub(super) fn collect(&self, nic: &str, queue: usize, visit: &mut dyn FnMut(Sample)) {
+    /// Hands every sample to `visit`, labelled with the NIC and the number of the pair. `vhost`: without frames, which the
+    /// kernel counts then, but with what tells how vhost-net does.
+    pub(super) fn collect(&self, nic: &str, queue: usize, vhost: bool, visit: &mut dyn FnMut(Sample)) {
         let labels = || vec![("nic", nic.to_owned()), ("queue", queue.to_string())];
         let plain: [(&'static str, &'static str, &Counter); 12] = [
             ("net_rx_packets", "Frames that the guest received.", &self.rx_packets),
@@ -76,8 +84,16 @@ impl PairCounters {
             ("net_rx_throttled", "Times that frames to the guest waited for its limit.", &self.rx_throttled),
             ("net_tx_throttled", "Times that frames of the guest waited for its limit.", &self.tx_throttled),
         ];
-        for (name, help, counter) in plain {
+        for (name, help, counter) in plain.into_iter().skip(if vhost { FRAMES } else { 0 }) {
             visit(Sample { name, help, labels: labels(), value: Value::Counter(counter.value()) });
+        }
+        if vhost {
+            let help = "Whether vhost-net moves the frames of the pair; if not, the VMM does.";
+            let value = Value::Gauge(self.vhost_engaged.value() as f64);
+            visit(Sample { name: "net_vhost_engaged", help, labels: labels(), value });
+            let help = "Times that vhost-net failed or found a ring of the guest broken.";
+            let value = Value::Counter(self.vhost_errors.value());
+            visit(Sample { name: "net_vhost_errors", help, labels: labels(), value });
         }
         let rx = &self.rx_drops;
         let tx = &self.tx_drops;

@@ -18,6 +18,7 @@ use super::steering::config::TABLE_LENGTH;
 use super::steering::hash::KEY_LENGTH;
 use super::steering::{Steering, flow};
 use super::tap::{MAX_QUEUES, Tap};
+use super::vhost::{DEVICE, Vhost};
 use super::worker::{Message, Start, Worker};
 use crate::limiter::Limits;
 use crate::metrics::MetricSource;
@@ -25,7 +26,7 @@ use crate::virtio::{Activation, DeviceType, StartError, StillBusy, StoppedQueue,
 use crate::{DeviceNotifier, ThreadSpawner};
 
 /// VIRTIO_F_RING_INDIRECT_DESC, which the transport offers.
-const RING_INDIRECT_DESC: u32 = 28;
+pub(super) const RING_INDIRECT_DESC: u32 = 28;
 /// Size of the control queue: commands come one at a time, in up to three descriptors.
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Link speed shown to the guest, in Mbit/s. A tap has none; drivers that aggregate links want one.
@@ -55,6 +56,9 @@ pub struct NetOptions {
     /// Whether the guest may say which pair receives a frame, and is told the hash that says so: RSS and HASH_REPORT. Needs
     /// several queue pairs, and CAP_BPF and CAP_PERFMON while the card is made (Linux 5.8 or newer).
     pub rss: bool,
+    /// Have the kernel's vhost-net move the frames, with the same features but for RSS and held-back interrupts. It moves them unseen: `antispoof` and limits
+    /// hold only while our own path has the rings, so they are not for such a card.
+    pub vhost: bool,
     /// What the guest may receive per second: what exceeds it waits in the tap, which drops what it cannot hold.
     pub rx_limits: Limits,
     /// What the guest may send per second: what exceeds it waits in its ring.
@@ -112,11 +116,24 @@ pub enum NetError {
     /// RSS on a card with one queue pair.
     #[error("NIC {0}: RSS chooses between queue pairs, and the NIC has one: give it more, or leave RSS out")]
     RssPairs(String),
+    /// RSS on a card whose frames the kernel moves.
+    #[error("NIC {0}: vhost-net does not tell hashes, as RSS promises the guest: leave one of the two out")]
+    RssVhost(String),
     /// The host does not let a program of ours steer frames.
     #[error(
         "NIC {id}: the kernel refused the program that steers frames for RSS: {error}; it needs CAP_BPF and CAP_PERFMON, and Linux 5.8 or newer: start with these capabilities, or leave RSS out"
     )]
     Steering {
+        /// The card.
+        id: String,
+        /// The kernel's answer.
+        error: io::Error,
+    },
+    /// The kernel's vhost-net cannot be used.
+    #[error(
+        "NIC {id}: {DEVICE}, which `vhost` needs, cannot be used: {error}; load it with `modprobe vhost_net` (Linux 5.4 or newer) and give this user access, or set `vhost` to false"
+    )]
+    Vhost {
         /// The card.
         id: String,
         /// The kernel's answer.
@@ -233,8 +250,8 @@ impl VirtioNet {
     ) -> Result<Self, NetError> {
         check(&options)?;
         let features = offered(&options);
-        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof, rss, rx_limits, tx_limits } =
-            options;
+        let NetOptions { id, tap, mac, queue_pairs, queue_size, mtu, link_up, antispoof, rss, vhost, .. } = options;
+        let (rx_limits, tx_limits) = (options.rx_limits, options.tx_limits);
         let host = |action| {
             let id = id.clone();
             move |error| NetError::Host { id, action, error }
@@ -244,7 +261,7 @@ impl VirtioNet {
         let wakes = wakes.map_err(host("make an eventfd"))?;
         let steering = rss.then(Steering::new).transpose();
         let steering = steering.map_err(|error| NetError::Steering { id: id.clone(), error })?;
-        let card = CardOptions { id: id.clone(), mac, antispoof, link_up, rx_limits, tx_limits, steering };
+        let card = CardOptions { id: id.clone(), mac, antispoof, link_up, vhost, rx_limits, tx_limits, steering };
         let shared = Arc::new(Shared::new(card, tap, wakes, notifier));
         let mut queue_sizes = vec![queue_size; usize::from(queue_pairs) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -256,7 +273,13 @@ impl VirtioNet {
         for index in 0..usize::from(queue_pairs) {
             let (messages, inbox) = mpsc::channel();
             let (outbox, stopped) = mpsc::channel();
-            let worker = Worker::new(index, Arc::clone(&card.shared), inbox, outbox).map_err(host("make an epoll"))?;
+            let kernel = if vhost {
+                Some(Vhost::open().map_err(|error| NetError::Vhost { id: id.clone(), error })?)
+            } else {
+                None
+            };
+            let worker = Worker::new(index, Arc::clone(&card.shared), kernel, inbox, outbox);
+            let worker = worker.map_err(host("make an epoll"))?;
             let thread = spawner.spawn(&format!("{id}.q{index}"), Box::new(move || worker.run()));
             let thread = Some(thread.map_err(host("start a thread"))?);
             card.workers.push(WorkerHandle { messages, stopped, thread });
@@ -488,8 +511,6 @@ fn offered(options: &NetOptions) -> u64 {
         CTRL_RX_EXTRA,
         GUEST_ANNOUNCE,
         CTRL_MAC_ADDR,
-        VQ_NOTF_COAL,
-        NOTF_COAL,
         SPEED_DUPLEX,
     ]
     .into_iter()
@@ -502,6 +523,10 @@ fn offered(options: &NetOptions) -> u64 {
     }
     if options.queue_pairs > 1 {
         offered |= bit(MQ);
+    }
+    if !options.vhost {
+        // The kernel says itself when it wants an interrupt.
+        offered |= bit(NOTF_COAL) | bit(VQ_NOTF_COAL);
     }
     if options.rss {
         offered |= bit(RSS) | bit(HASH_REPORT);
@@ -523,6 +548,9 @@ fn check(options: &NetOptions) -> Result<(), NetError> {
     }
     if options.rss && pairs == 1 {
         return Err(NetError::RssPairs(id()));
+    }
+    if options.rss && options.vhost {
+        return Err(NetError::RssVhost(id()));
     }
     let size = options.queue_size;
     if !size.is_power_of_two() || !(16..=32768).contains(&size) {

@@ -1,5 +1,7 @@
 //! Which frames the driver wants to receive (virtio 1.2 §5.1.6.5.1, §5.1.6.5.2, §5.1.6.5.4).
 
+mod program;
+
 /// Addresses that are kept of each table; with more, all frames of that kind are let through (§5.1.6.5.2).
 const TABLE: usize = 256;
 /// What the filter looks at: an Ethernet header with a VLAN tag.

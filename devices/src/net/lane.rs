@@ -44,8 +44,7 @@ impl Lane {
     pub(super) fn flush(&mut self, memory: &GuestMemoryMmap, interrupts: &Counter) -> Result<(), RingError> {
         (self.frames, self.since, self.due) = (0, None, None);
         if self.ring.publish(memory)? {
-            interrupts.increment();
-            self.interrupt.trigger();
+            self.interrupt(interrupts);
         }
         Ok(())
     }
@@ -73,6 +72,12 @@ impl Lane {
             }
             _ => self.flush(memory, interrupts),
         }
+    }
+
+    /// Interrupts the driver.
+    pub(super) fn interrupt(&self, interrupts: &Counter) {
+        interrupts.increment();
+        self.interrupt.trigger();
     }
 
     /// The queue's positions, to go on from later.

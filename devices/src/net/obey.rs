@@ -15,6 +15,7 @@ pub(super) fn obey(shared: &Shared, command: Command) -> Outcome {
             let done = shared.tap.set_offload(tap_offload(offloads));
             if done.is_ok() {
                 shared.offloads.store(offloads, Ordering::SeqCst);
+                shared.wake_kernel_users();
             }
             done
         }
@@ -26,6 +27,7 @@ pub(super) fn obey(shared: &Shared, command: Command) -> Outcome {
         }
         Command::Filter(change) => {
             shared.filter.change(|filter| filter.apply(change));
+            shared.filter_tap();
             Ok(())
         }
         Command::Announced => {
@@ -55,9 +57,10 @@ pub(super) fn obey(shared: &Shared, command: Command) -> Outcome {
 }
 
 fn use_pairs(shared: &Shared, pairs: u16) -> io::Result<()> {
-    shared.tap.use_queues(pairs.into())?;
-    shared.pairs.store(pairs, Ordering::SeqCst);
-    Ok(())
+    let done = shared.tap.use_queues(pairs.into()).map(|()| shared.pairs.store(pairs, Ordering::SeqCst));
+    // Also if it failed: the tap's filter went with the change.
+    shared.filter_tap();
+    done
 }
 
 fn steer_by_kernel(shared: &Shared) -> io::Result<()> {

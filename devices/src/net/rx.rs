@@ -348,6 +348,11 @@ impl Rx {
         true
     }
 
+    /// Whether it works, and no frame is cut in two.
+    pub(super) fn is_at_rest(&self) -> bool {
+        !self.broken && self.spilled.is_none()
+    }
+
     /// Gives the held chains back to the ring. Done before the memory map changes, and to stop.
     pub(super) fn release(&mut self, counters: &PairCounters) {
         if self.spilled.take().is_some() {

@@ -15,9 +15,11 @@ use super::setting::Setting;
 use super::steering::Steering;
 use super::steering::hash::Hasher;
 use super::tap::Tap;
+use super::traffic::Traffic;
 use super::{ETHERNET, MAX_FRAME};
 use crate::limiter::{Limiter, Limits};
 use crate::metrics::{MetricSource, Sample};
+use crate::throttle::Throttle;
 use crate::virtio::TransportSignals;
 use crate::{DeviceEvent, DeviceNotifier};
 
@@ -67,6 +69,11 @@ pub(super) struct Shared {
     /// Grows each time that the tap's descriptors have another file behind them.
     pub(super) tap_generation: AtomicU64,
     command_refused: AtomicBool,
+    /// What the kernel counts, where vhost-net moves the frames.
+    vhost: Option<Traffic>,
+    vhost_log: Throttle,
+    /// The tap holds no frames that the filter refuses: vhost-net may read it.
+    tap_filtered: AtomicBool,
     signals: Mutex<Option<Weak<dyn TransportSignals>>>,
     notifier: Arc<dyn DeviceNotifier>,
 }
@@ -77,6 +84,8 @@ pub(super) struct CardOptions {
     pub(super) mac: Mac,
     pub(super) antispoof: bool,
     pub(super) link_up: bool,
+    /// Frames are moved by vhost-net.
+    pub(super) vhost: bool,
     pub(super) rx_limits: Limits,
     pub(super) tx_limits: Limits,
     pub(super) steering: Option<Steering>,
@@ -84,7 +93,8 @@ pub(super) struct CardOptions {
 
 impl Shared {
     pub(super) fn new(card: CardOptions, tap: Tap, wakes: Vec<EventFd>, notifier: Arc<dyn DeviceNotifier>) -> Self {
-        let CardOptions { id, mac, antispoof, link_up, rx_limits, tx_limits, steering } = card;
+        let CardOptions { id, mac, antispoof, link_up, vhost, rx_limits, tx_limits, steering } = card;
+        let vhost = vhost.then(|| Traffic::new(&tap));
         // The tap's MTU may change while we run; this is only how much room is kept ready.
         let mtu = tap.mtu().and_then(|mtu| usize::try_from(mtu).ok()).unwrap_or(1500);
         Self {
@@ -114,6 +124,9 @@ impl Shared {
             tap_lost: AtomicBool::new(false),
             tap_generation: AtomicU64::new(0),
             command_refused: AtomicBool::new(false),
+            vhost,
+            vhost_log: Throttle::new(),
+            tap_filtered: AtomicBool::new(false),
             signals: Mutex::new(None),
             notifier,
         }
@@ -140,6 +153,40 @@ impl Shared {
         self.tap.use_queues(self.pairs.load(Ordering::SeqCst).into())?;
         self.tap.steer(steered.map(Steering::program))?;
         self.tap.set_offload(tap_offload(self.offloads.load(Ordering::SeqCst)))
+    }
+
+    /// Has the tap drop what the driver does not want, where vhost-net is to read it. First worker only: it may wait for the
+    /// kernel's network lock.
+    pub(super) fn filter_tap(&self) {
+        if self.vhost.is_none() {
+            return;
+        }
+        let (_, filter) = self.filter.get();
+        let done = self.tap.set_filter(filter.program().as_deref());
+        self.tap_filtered.store(done.is_ok(), Ordering::SeqCst);
+        if let Err(error) = done {
+            self.vhost_failed(0, &format!("the tap does not take the guest's receive filter: {error}"));
+        }
+        self.wake_kernel_users();
+    }
+
+    /// Whether the tap drops what the driver does not want.
+    pub(super) fn is_tap_filtered(&self) -> bool {
+        self.tap_filtered.load(Ordering::SeqCst)
+    }
+
+    /// Something changed that decides whether vhost-net may go on: those whose frames it moves sleep.
+    pub(super) fn wake_kernel_users(&self) {
+        if self.vhost.is_some() {
+            self.wake_all();
+        }
+    }
+
+    /// vhost-net cannot move the frames of a pair; our own path does. Guests can cause it: the log is throttled.
+    pub(super) fn vhost_failed(&self, queue: usize, reason: &str) {
+        if let Some(held_back) = self.vhost_log.pass() {
+            tracing::warn!(nic = self.id, queue, held_back, "vhost-net does not move frames, the VMM does: {reason}");
+        }
     }
 
     /// Asks the network, and the driver if it takes such requests, to hear where the card is.
@@ -231,7 +278,10 @@ impl Shared {
 impl MetricSource for Shared {
     fn collect(&self, visit: &mut dyn FnMut(Sample)) {
         for (queue, counters) in self.counters.iter().enumerate() {
-            counters.collect(&self.id, queue, visit);
+            counters.collect(&self.id, queue, self.vhost.is_some(), visit);
+        }
+        if let Some(traffic) = &self.vhost {
+            traffic.collect(&self.id, &self.tap, visit);
         }
     }
 }

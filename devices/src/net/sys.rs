@@ -26,6 +26,8 @@ const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNGETVNETHDRSZ: libc::c_ulong = 0x8004_54d7;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+const TUNATTACHFILTER: libc::c_ulong = 0x4010_54d5;
+const TUNDETACHFILTER: libc::c_ulong = 0x4010_54d6;
 const TUNSETSTEERINGEBPF: libc::c_ulong = 0x8004_54e0;
 const TUNSETCARRIER: libc::c_ulong = 0x4004_54e2;
 
@@ -122,11 +124,36 @@ pub(super) fn set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
     ifreq_ioctl(fd, TUNSETQUEUE, &mut IfReq::new("", flags))
 }
 
+/// Has each frame that comes to a queue in service looked at by a classic BPF program. Other queues have none.
+pub(super) fn attach_filter(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    let length = u16::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+    let argument = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };
+    // SAFETY: `fd` is open; the request reads a `struct sock_fprog` and as many instructions as it says. The kernel keeps the
+    // pointer, too, and reads it when a queue comes into service: whatever is there then is checked as this program is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNATTACHFILTER, &raw const argument) })
+}
+
+/// Undoes [`attach_filter`], also if there is nothing to undo.
+pub(super) fn detach_filter(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `fd` is open; the request takes no argument.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNDETACHFILTER, 0) })
+}
+
 /// The MTU of an interface of this network namespace, in bytes.
 pub(super) fn mtu(name: &str) -> io::Result<u32> {
+    u32::try_from(ask(name, libc::SIOCGIFMTU)?.value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Whether an interface of this network namespace is up.
+pub(super) fn is_up(name: &str) -> io::Result<bool> {
+    Ok(ask(name, libc::SIOCGIFFLAGS)?.value & libc::IFF_UP != 0)
+}
+
+/// Asks for a property of an interface of this network namespace.
+fn ask(name: &str, property: libc::c_ulong) -> io::Result<IfReq> {
     let mut request = IfReq::new(name, 0);
-    ifreq_ioctl(socket()?.as_fd(), libc::SIOCGIFMTU, &mut request)?;
-    u32::try_from(request.value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+    ifreq_ioctl(socket()?.as_fd(), property, &mut request)?;
+    Ok(request)
 }
 
 /// The Ethernet address of an interface, with its kind: `sa_family` and the first bytes of `sa_data`.

@@ -145,6 +145,8 @@ pub struct Tap {
     /// A program of ours chooses the queues of frames.
     steered: AtomicBool,
     carrier_lost: AtomicBool,
+    /// It has a filter of ours.
+    filtered: AtomicBool,
 }
 
 struct TapQueue {
@@ -202,6 +204,7 @@ impl Tap {
             header: AtomicUsize::new(HEADER_SIZE),
             steered: AtomicBool::new(false),
             carrier_lost: AtomicBool::new(false),
+            filtered: AtomicBool::new(false),
         }
     }
 
@@ -249,6 +252,42 @@ impl Tap {
     /// Whether the interface behind the descriptors was deleted.
     pub(super) fn is_gone(&self) -> bool {
         self.control().is_some_and(|fd| sys::interface(fd).is_err())
+    }
+
+    /// Whether frames can pass, for those who do not see them fail.
+    ///
+    /// # Errors
+    /// `EBADFD` if the interface was deleted, `EIO` if it is down.
+    pub(super) fn check(&self) -> io::Result<()> {
+        let Some(fd) = self.control() else { return Ok(()) };
+        sys::interface(fd)?;
+        match sys::is_up(&self.name) {
+            Ok(false) => Err(io::Error::from_raw_os_error(libc::EIO)),
+            // One in another network namespace cannot be asked by its name.
+            _ => Ok(()),
+        }
+    }
+
+    /// One of the kernel's counters of the interface, where it is in this network namespace.
+    pub(super) fn statistic(&self, counter: &str) -> Option<u64> {
+        self.found_header?;
+        let value = std::fs::read_to_string(format!("/sys/class/net/{}/statistics/{counter}", self.name)).ok()?;
+        value.trim().parse().ok()
+    }
+
+    /// Has the kernel drop each frame to the guest for which `program` gives 0; `None`: no more. Of all queues in service;
+    /// to be repeated after [`Tap::use_queues`] and [`Tap::reopen`].
+    ///
+    /// # Errors
+    /// The kernel's answer; there is no filter then.
+    pub(super) fn set_filter(&self, program: Option<&[libc::sock_filter]>) -> io::Result<()> {
+        let Some(fd) = self.control() else { return Ok(()) };
+        self.filtered.store(program.is_some(), Ordering::Relaxed);
+        let done = program.map_or_else(|| sys::detach_filter(fd), |program| sys::attach_filter(fd, program));
+        done.inspect_err(|_| {
+            // Some queues may have it.
+            let _ = sys::detach_filter(fd);
+        })
     }
 
     /// Goes over to the interface that has the name now, if there is one. The descriptors keep their numbers; all queues are in
@@ -356,10 +395,12 @@ impl Tap {
         for (index, queue) in self.queues.iter().enumerate().rev().filter(|(index, _)| *index >= count) {
             queue.switch(index, false)?;
         }
-        for (index, queue) in self.queues.iter().enumerate().take(count) {
-            queue.switch(index, true)?;
+        let mut joining = self.queues.iter().enumerate().take(count);
+        if joining.clone().any(|(_, queue)| !queue.attached.load(Ordering::Relaxed)) {
+            // While a tap has a filter, be it of a VMM that crashed, Linux takes no queue into service and reports success.
+            self.set_filter(None)?;
         }
-        Ok(())
+        joining.try_for_each(|(index, queue)| queue.switch(index, true))
     }
 
     /// Shows the link to the host. Kernels before 5.0 and foreign taps cannot: that is logged, and the link works on.
@@ -390,6 +431,9 @@ impl Drop for Tap {
         let (Some(fd), Some(found)) = (self.control(), self.found_header) else { return };
         // Whoever shares the descriptors, or opens the tap next, finds it as we did. A tap that is gone needs nothing.
         let _ = self.steer(None);
+        if self.filtered.load(Ordering::Relaxed) {
+            let _ = sys::detach_filter(fd);
+        }
         let _ = self.use_queues(self.queues.len());
         let _ = sys::set_offload(fd, 0);
         let _ = sys::set_header_size(fd, found);

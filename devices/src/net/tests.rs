@@ -11,7 +11,9 @@ mod real;
 mod receive;
 mod steering;
 mod transmit;
+mod vhost;
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -40,6 +42,8 @@ struct Card {
     host: Vec<UnixDatagram>,
     notifier: Arc<RecordedNotifier>,
     features: u64,
+    /// Receive buffers of a real tap, which also gets frames that the test did not send.
+    given: HashMap<u16, u64>,
 }
 
 fn double(pairs: u16) -> (Tap, Vec<UnixDatagram>) {
@@ -65,6 +69,7 @@ fn options(tap: Tap, queue_pairs: u16) -> NetOptions {
         link_up: true,
         antispoof: false,
         rss: false,
+        vhost: false,
         rx_limits: Limits::default(),
         tx_limits: Limits::default(),
     }
@@ -87,7 +92,7 @@ impl Card {
         let device = VirtioNet::new(options, &PlainThreads, notifier.clone()).unwrap();
         let mut sizes = vec![ring_size; usize::from(pairs) * 2];
         sizes.push(64);
-        Self { device, driver: TestDriver::new(&sizes), host, notifier, features }
+        Self { device, driver: TestDriver::new(&sizes), host, notifier, features, given: HashMap::new() }
     }
 
     /// A card that runs.

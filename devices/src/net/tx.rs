@@ -60,6 +60,11 @@ impl Tx {
         }
     }
 
+    /// Whether the driver broke the ring.
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Sends what the driver has queued, up to the limits of a turn; says whether there is more to do at once.
     pub(super) fn service(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
         self.throttled = None;

@@ -4,14 +4,14 @@
 //! or the tap is seen empty. So no event source has to be switched off while it cannot be served, which is what makes
 //! reception freeze or spin elsewhere: a tap whose frames find no buffers keeps its mark and is read when the driver kicks.
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::announce::{self, Rounds};
@@ -21,27 +21,20 @@ use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit};
 use super::filter::Filter;
 use super::lane::Lane;
 use super::obey::obey;
-use super::rx::Rx;
+use super::path::Path;
 use super::shared::Shared;
 use super::steering::hash::Hasher;
 use super::tap::{HASH_HEADER_SIZE, HEADER_SIZE, TapError};
-use super::tx::Tx;
+use super::vhost::Vhost;
+use super::watches::{Token, Watches};
 use super::{MAX_FRAME, features, sys};
 use crate::metrics::Counter;
 use crate::virtio::ring::RingError;
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{DeviceEvent, GuestMemory};
 
-const WAKE: u64 = 0;
-const TAP: u64 = 1;
-const RX_KICK: u64 = 2;
-const TX_KICK: u64 = 3;
-const CONTROL_KICK: u64 = 4;
-const TIMER: u64 = 5;
-/// Between two looks for a tap that was deleted.
+/// Between two looks for a tap that was deleted, or for how the tap is that the kernel reads.
 const RETRY: Duration = Duration::from_secs(1);
-/// Turns that the emptying of a tap of stale frames may take: more frames than a tap's queue commonly holds.
-const PURGE_TURNS: u32 = 64;
 
 /// What the device tells a worker.
 pub(super) enum Message {
@@ -99,12 +92,10 @@ struct Running {
     memory: GuestMemory,
     /// The map that the held buffers were found in.
     map: Arc<GuestMemoryMmap>,
-    rx: Option<Rx>,
-    tx: Option<Tx>,
+    path: Path,
     control: Option<Control>,
     signals: Arc<dyn TransportSignals>,
     pairs_generation: u64,
-    purge_turns: u32,
     /// The filter as it was seen last, with its generation.
     filter: (u64, Arc<Filter>),
     /// What hashes frames, likewise.
@@ -120,7 +111,9 @@ pub(super) struct Worker {
     shared: Arc<Shared>,
     messages: Receiver<Message>,
     stopped: Sender<Vec<StoppedQueue>>,
-    epoll: Epoll,
+    watches: Watches,
+    /// The kernel's data path, where the card is to use it.
+    vhost: Option<Vhost>,
     running: Option<Running>,
     carrier: bool,
     /// [`Shared::purges`] as it was seen last.
@@ -140,27 +133,28 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// A parked worker for queue pair `index`.
+    /// A parked worker for queue pair `index`, with a data path of the kernel's if it has one.
     pub(super) fn new(
         index: usize,
         shared: Arc<Shared>,
+        vhost: Option<Vhost>,
         messages: Receiver<Message>,
         stopped: Sender<Vec<StoppedQueue>>,
     ) -> std::io::Result<Self> {
-        let epoll = Epoll::new()?;
-        if let Some(wake) = shared.wakes.get(index) {
-            let event = EpollEvent::new(EventSet::IN, WAKE);
-            epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
+        let watches = Watches::new(Arc::clone(&shared), index)?;
+        if let Some(vhost) = &vhost {
+            vhost.calls.iter().for_each(|call| watches.add(call.as_raw_fd(), Token::Call, EventSet::IN));
+            watches.add(vhost.error.as_raw_fd(), Token::VhostError, EventSet::IN);
         }
         let timer = TimerFd::new()?;
-        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, TIMER);
-        epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), event)?;
+        watches.add(timer.as_raw_fd(), Token::Timer, EventSet::IN);
         Ok(Self {
             index,
             shared,
             messages,
             stopped,
-            epoll,
+            watches,
+            vhost,
             running: None,
             carrier: true,
             purges: 0,
@@ -184,7 +178,7 @@ impl Worker {
         self.follow_link();
         loop {
             self.set_timer(counters);
-            let ready = match self.epoll.wait(self.timeout(more), &mut events) {
+            let ready = match self.watches.wait(self.timeout(more), &mut events) {
                 Ok(ready) => ready,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => {
@@ -193,29 +187,33 @@ impl Worker {
                 }
             };
             for event in events.iter().take(ready) {
-                if event.data() == WAKE {
-                    if !self.handle_messages(counters, tap) {
-                        return;
-                    }
-                } else if event.data() == TIMER {
-                    self.alarm = None;
-                } else if let Some(running) = &mut self.running {
-                    running.mark(event.data(), event.event_set(), counters);
+                if !self.handle(event, counters, tap) {
+                    return;
                 }
             }
             self.look_after_tap();
-            self.follow_tap(tap);
+            self.follow_tap(counters, tap);
             self.announce(tap);
             more = self.turn(counters, tap);
         }
     }
 
+    /// Notes an event; `false` when the thread is to end.
+    fn handle(&mut self, event: &EpollEvent, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
+        match (Token::of(event), &mut self.running) {
+            (Some(Token::Wake), _) => return self.handle_messages(counters, tap),
+            (Some(Token::Call), _) => self.pass_calls_on(counters),
+            (Some(Token::VhostError), _) => self.vhost_error(counters),
+            (Some(Token::Timer), _) => self.alarm = None,
+            (Some(token), Some(running)) => running.mark(token, event.event_set(), counters),
+            _ => {}
+        }
+        true
+    }
+
     /// How long to wait for events, in milliseconds; -1: for ever.
     fn timeout(&self, more: bool) -> i32 {
-        let throttled = self.running.iter().flat_map(|running| {
-            let (rx, tx) = (running.rx.as_ref(), running.tx.as_ref());
-            [rx.and_then(|rx| rx.throttled), tx.and_then(|tx| tx.throttled)].into_iter().flatten()
-        });
+        let throttled = self.running.iter().flat_map(|running| running.path.throttled());
         let due = self.rounds.map(|rounds| rounds.next()).into_iter().chain(self.retry).chain(throttled).min();
         let due = due.map(|due| due.saturating_duration_since(Instant::now()));
         match (more, due) {
@@ -229,20 +227,22 @@ impl Worker {
     /// Sets the timer to the first interrupt that is held back.
     fn set_timer(&mut self, counters: &PairCounters) {
         let Some(running) = &mut self.running else { return };
-        let Some(due) = running.due().filter(|due| self.alarm != Some(*due)) else { return };
+        let Some(due) = running.path.due().filter(|due| self.alarm != Some(*due)) else { return };
         // Zero would switch it off.
         let wait = due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         match self.timer.reset(wait, None) {
             Ok(()) => self.alarm = Some(due),
             // Better too early than never.
-            Err(_) => running.flush(counters),
+            Err(_) => running.path.flush(&running.map, counters),
         }
     }
 
-    /// The first worker sees whether a tap that was deleted has been made again, once a second while it is lost.
+    /// The first worker sees whether a tap that was deleted has been made again, once a second while it is lost; and as
+    /// often whether the tap works from which the kernel moves frames, which keeps to itself what it meets there.
     fn look_after_tap(&mut self) {
         let shared = &self.shared;
-        if self.index > 0 || !shared.is_tap_lost() {
+        let lost = shared.is_tap_lost();
+        if self.index > 0 || !(lost || self.is_in_kernel()) {
             self.retry = None;
             return;
         }
@@ -251,6 +251,13 @@ impl Worker {
             return;
         }
         self.retry = Some(now + RETRY);
+        if !lost {
+            if let Err(error) = shared.tap.check() {
+                shared.tap_failed("pass frames", &error);
+                shared.wake_all();
+            }
+            return;
+        }
         if !shared.tap.is_gone() {
             return;
         }
@@ -263,6 +270,7 @@ impl Worker {
                 if !self.carrier {
                     shared.tap.set_carrier(false);
                 }
+                shared.filter_tap();
                 shared.tap_generation.fetch_add(1, Ordering::SeqCst);
                 shared.tap_works();
                 shared.wake_all();
@@ -272,17 +280,21 @@ impl Worker {
     }
 
     /// Watches the tap anew if there is another file behind its descriptor, which ended the former watch.
-    fn follow_tap(&mut self, tap: BorrowedFd<'_>) {
+    fn follow_tap(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
         let generation = self.shared.tap_generation.load(Ordering::SeqCst);
-        if std::mem::replace(&mut self.tap_generation, generation) == generation || self.running.is_none() {
+        if std::mem::replace(&mut self.tap_generation, generation) == generation {
             return;
         }
-        self.watch(ControlOperation::Add, tap.as_raw_fd(), TAP, EventSet::IN | EventSet::OUT);
         if let Some(running) = &mut self.running {
-            running.mark_all();
-            if let Some(tx) = &mut running.tx {
-                tx.blocked = false;
-            }
+            // What the kernel met may have been the end of the former one.
+            running.path.allow_kernel();
+        }
+        if self.is_in_kernel() {
+            // The kernel holds the former file. Our own path watches the new one from now on.
+            self.take_back(counters, tap);
+        } else if let Some(running) = &mut self.running {
+            self.watches.add(tap.as_raw_fd(), Token::Tap, EventSet::IN | EventSet::OUT);
+            running.path.mark_all();
         }
     }
 
@@ -325,14 +337,11 @@ impl Worker {
             }
         }
         self.follow_link();
+        // The kernel must have left a pair that is no longer in use before that is confirmed.
+        self.follow_tap(counters, tap);
+        self.follow_path(counters, tap);
         self.follow_pairs();
         true
-    }
-
-    fn watch(&self, operation: ControlOperation, fd: RawFd, token: u64, events: EventSet) {
-        if let Err(error) = self.epoll.ctl(operation, fd, EpollEvent::new(events | EventSet::EDGE_TRIGGERED, token)) {
-            tracing::error!(nic = self.shared.id, queue = self.index, token, %error, "a descriptor cannot be watched");
-        }
     }
 
     fn start(&mut self, start: Start, tap: BorrowedFd<'_>) {
@@ -344,42 +353,40 @@ impl Worker {
             if let Err(error) = prepared {
                 shared.tap_failed("prepare for the driver", &error);
             }
+            shared.filter_tap();
         }
+        let offloads = shared.offloads.load(Ordering::SeqCst);
         let max_pairs = shared.max_pairs();
-        let merge = start.features & bit(features::MRG_RXBUF) != 0;
         let running = Running {
             map: start.memory.memory().into_inner(),
             memory: start.memory,
-            rx: start.rx.map(|lane| Rx::new(lane, merge)),
-            tx: start.tx.map(Tx::new),
+            path: Path::new(start.rx, start.tx, start.features, offloads, start.fresh),
             control: start.control.map(|lane| Control::new(lane, start.features, max_pairs, start.enabled)),
             signals: start.signals,
             pairs_generation: start.pairs_generation,
-            purge_turns: if start.fresh { PURGE_TURNS } else { 0 },
             filter: shared.filter.get(),
             hasher: shared.hasher.get(),
             reports,
             announces: start.features & bit(features::GUEST_ANNOUNCE) != 0,
         };
-        for (kick, token) in running.kicks() {
-            self.watch(ControlOperation::Add, kick, token, EventSet::IN);
+        if let Some(control) = &running.control {
+            self.watches.add(control.lane.kick.as_raw_fd(), Token::ControlKick, EventSet::IN);
         }
-        self.watch(ControlOperation::Add, tap.as_raw_fd(), TAP, EventSet::IN | EventSet::OUT);
+        running.path.watch(&self.watches, tap);
         self.running = Some(running);
     }
 
     fn stop(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
+        self.take_back(counters, tap);
         let mut queues = Vec::new();
         if let Some(mut running) = self.running.take() {
-            running.flush(counters);
-            // The transport holds the same eventfds: closing ours would not end the watch.
-            for (kick, token) in running.kicks() {
-                self.watch(ControlOperation::Delete, kick, token, EventSet::empty());
+            running.path.flush(&running.map, counters);
+            queues.extend(running.path.stop(&self.watches, tap, counters));
+            if let Some(control) = running.control {
+                // The transport holds the same eventfd: closing ours would not end the watch.
+                self.watches.remove(control.lane.kick.as_raw_fd());
+                queues.push(control.stop());
             }
-            self.watch(ControlOperation::Delete, tap.as_raw_fd(), TAP, EventSet::empty());
-            queues.extend(running.rx.map(|rx| rx.stop(counters)));
-            queues.extend(running.tx.map(|tx| tx.lane.stop()));
-            queues.extend(running.control.map(Control::stop));
         }
         // If nobody listens any more, the device is gone, and the next message says so.
         let _ = self.stopped.send(queues);
@@ -415,111 +422,145 @@ impl Worker {
             return;
         }
         // A turn ends with everything published, so nothing of this pair is under way here.
-        running.mark_all();
+        running.path.mark_all();
         if shared.pairs_waiting.fetch_sub(1, Ordering::SeqCst) == 1 {
             shared.wake(0);
         }
     }
 
-    /// Does some of whatever there is to do; says whether there is more to do at once.
-    fn turn(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
-        let Some(running) = &mut self.running else { return false };
-        let shared = &*self.shared;
-        running.follow_memory(counters);
+    fn is_in_kernel(&self) -> bool {
+        self.vhost.as_ref().is_some_and(Vhost::runs)
+    }
+
+    /// Whether the kernel may have this pair's rings now.
+    fn suits_kernel(&self) -> bool {
+        let (Some(_), Some(running)) = (&self.vhost, &self.running) else { return false };
+        let shared = &self.shared;
+        running.path.suits_kernel()
+            && running.is_map_current()
+            && self.index < usize::from(shared.pairs.load(Ordering::SeqCst))
+            && shared.link_up.load(Ordering::SeqCst)
+            && shared.is_tap_filtered()
+            && !shared.is_tap_lost()
+    }
+
+    /// Sees what changed that the frames to come depend on, and takes the rings from the kernel where it must not go on.
+    fn follow_path(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
+        let shared = &self.shared;
+        let Some(running) = &mut self.running else { return };
         let purges = shared.purges.load(Ordering::SeqCst);
         if std::mem::replace(&mut self.purges, purges) != purges {
-            running.purge_turns = PURGE_TURNS;
+            running.path.purge();
         }
+        running.path.follow_offloads(shared.offloads.load(Ordering::SeqCst));
+        if self.is_in_kernel() && !self.suits_kernel() {
+            self.take_back(counters, tap);
+        }
+    }
+
+    /// Ends what the kernel does, if it has the rings; our own path goes on.
+    fn take_back(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
+        if !self.is_in_kernel() {
+            return;
+        }
+        let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
+        let stopped = vhost.stop();
+        running.path.pass_calls_on(vhost, counters);
+        if let Err(error) = stopped {
+            counters.vhost_errors.increment();
+            tracing::error!(nic = self.shared.id, queue = self.index, %error, "vhost-net does not stop; this pair does without it from now on");
+            self.vhost = None;
+        }
+        counters.vhost_engaged.set(0);
+        if let Err(error) = running.path.take_back(&running.map, tap, &self.watches) {
+            fail(&self.shared, &running.signals, &error);
+        }
+    }
+
+    /// Gives the rings to the kernel if it may have them.
+    fn hand_over(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) {
+        if self.is_in_kernel() || !self.suits_kernel() {
+            return;
+        }
+        let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
+        match running.path.hand_over(vhost, &running.map, tap, &self.watches, counters) {
+            Ok(()) => counters.vhost_engaged.set(1),
+            Err(error) => {
+                counters.vhost_errors.increment();
+                running.path.keep_from_kernel();
+                self.shared.vhost_failed(self.index, &error.to_string());
+                // What neither starts nor stops ends when it is closed.
+                self.vhost.take_if(|vhost| vhost.runs());
+            }
+        }
+    }
+
+    fn pass_calls_on(&self, counters: &PairCounters) {
+        if let (Some(vhost), Some(running)) = (&self.vhost, &self.running) {
+            running.path.pass_calls_on(vhost, counters);
+        }
+    }
+
+    /// The kernel met something wrong. Our own path meets it, too, and says what.
+    fn vhost_error(&mut self, counters: &PairCounters) {
+        let (Some(vhost), Some(running)) = (&self.vhost, &mut self.running) else { return };
+        if vhost.error.read().is_ok() {
+            counters.vhost_errors.increment();
+            running.path.keep_from_kernel();
+            let reason = "it met a ring that is broken, a buffer that is not guest RAM, or a tap that is gone";
+            self.shared.vhost_failed(self.index, reason);
+        }
+    }
+
+    /// Does some of whatever there is to do; says whether there is more to do at once.
+    fn turn(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
+        self.follow_path(counters, tap);
+        let in_kernel = self.is_in_kernel();
+        let Some(running) = &mut self.running else { return false };
+        let shared = &*self.shared;
+        if in_kernel {
+            // A memory map that came this moment is followed in the next turn.
+            return running.serve_control(shared) | !running.is_map_current();
+        }
+        running.follow_memory(counters);
         let mut more = running.serve_control(shared);
         // After a command was obeyed that may have changed them.
         shared.filter.follow(&mut running.filter);
         shared.hasher.follow(&mut running.hasher);
-        if self.index < usize::from(shared.pairs.load(Ordering::SeqCst)) {
-            let was_blocked = running.tx_blocked();
-            more |= running.serve_frames(shared, counters, tap);
-            if running.tx_blocked() && !was_blocked {
-                // Looks at the tap anew: it may have become writable before it was asked to tell. Once only: frames that
-                // wait in the tap are an event each time.
-                self.watch(ControlOperation::Modify, tap.as_raw_fd(), TAP, EventSet::IN | EventSet::OUT);
-            }
-        } else {
-            running.flush(counters);
+        if self.index >= usize::from(shared.pairs.load(Ordering::SeqCst)) {
+            running.path.flush(&running.map, counters);
+            return more;
         }
+        let was_blocked = running.path.is_blocked();
+        more |= running.serve_frames(shared, counters, tap);
+        if running.path.is_blocked() && !was_blocked {
+            // Looks at the tap anew: it may have become writable before it was asked to tell. Once only: frames that
+            // wait in the tap are an event each time.
+            self.watches.renew(tap.as_raw_fd(), Token::Tap, EventSet::IN | EventSet::OUT);
+        }
+        self.hand_over(counters, tap);
         more
     }
 }
 
 impl Running {
-    fn kicks(&self) -> impl Iterator<Item = (RawFd, u64)> {
-        let rx = self.rx.as_ref().map(|rx| (rx.lane.kick.as_raw_fd(), RX_KICK));
-        let tx = self.tx.as_ref().map(|tx| (tx.lane.kick.as_raw_fd(), TX_KICK));
-        let control = self.control.as_ref().map(|control| (control.lane.kick.as_raw_fd(), CONTROL_KICK));
-        [rx, tx, control].into_iter().flatten()
-    }
-
-    fn mark(&mut self, token: u64, events: EventSet, counters: &PairCounters) {
-        let readable = events.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
-        match (token, &mut self.rx, &mut self.tx, &mut self.control) {
-            (TAP, rx, tx, _) => {
-                if let Some(rx) = rx {
-                    rx.readable |= readable;
-                }
-                if let Some(tx) = tx
-                    && events.intersects(EventSet::OUT | EventSet::ERROR | EventSet::HANG_UP)
-                {
-                    tx.blocked = false;
-                }
-            }
-            (RX_KICK, Some(_), ..) => counters.rx_kicks.increment(),
-            (TX_KICK, _, Some(tx), _) => {
-                counters.tx_kicks.increment();
-                tx.pending = true;
-            }
-            (CONTROL_KICK, .., Some(control)) => control.pending = true,
-            _ => {}
+    fn mark(&mut self, token: Token, events: EventSet, counters: &PairCounters) {
+        match (token, &mut self.control) {
+            (Token::ControlKick, Some(control)) => control.pending = true,
+            _ => self.path.mark(token, events, counters),
         }
     }
 
-    /// When the first interrupt that is held back is due.
-    fn due(&self) -> Option<Instant> {
-        let (rx, tx) = (self.rx.as_ref(), self.tx.as_ref());
-        let due = [rx.and_then(|rx| rx.lane.due), tx.and_then(|tx| tx.lane.due)];
-        due.into_iter().flatten().min()
-    }
-
-    /// Tells the driver at once what it was not told yet.
-    fn flush(&mut self, counters: &PairCounters) {
-        let rx = self.rx.as_mut().map(|rx| (&mut rx.lane, &counters.rx_interrupts));
-        let tx = self.tx.as_mut().map(|tx| (&mut tx.lane, &counters.tx_interrupts));
-        for (lane, interrupts) in [rx, tx].into_iter().flatten() {
-            // A ring that is not there any more has been told of, or will be when it is worked on.
-            let _ = lane.flush(&self.map, interrupts);
-        }
-    }
-
-    fn tx_blocked(&self) -> bool {
-        self.tx.as_ref().is_some_and(|tx| tx.blocked)
-    }
-
-    fn mark_all(&mut self) {
-        if let Some(rx) = &mut self.rx {
-            rx.readable = true;
-        }
-        if let Some(tx) = &mut self.tx {
-            tx.pending = true;
-        }
+    fn is_map_current(&self) -> bool {
+        std::ptr::eq(&raw const *self.memory.memory(), Arc::as_ptr(&self.map))
     }
 
     /// Goes over to the present memory map. Buffers that were found in the former one are given back and found anew.
     fn follow_memory(&mut self, counters: &PairCounters) {
-        let now = self.memory.memory();
-        if std::ptr::eq(&raw const *now, Arc::as_ptr(&self.map)) {
-            return;
+        if !self.is_map_current() {
+            self.path.release(counters);
+            self.map = self.memory.memory().into_inner();
         }
-        if let Some(rx) = &mut self.rx {
-            rx.release(counters);
-        }
-        self.map = now.into_inner();
     }
 
     fn serve_control(&mut self, shared: &Shared) -> bool {
@@ -547,18 +588,7 @@ impl Running {
             largest_frame: header + if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
             hasher: self.hasher.1.as_ref().as_ref().filter(|_| self.reports),
         };
-        // First of all, so that what is thrown away cannot be an answer to what the driver sends now.
-        if self.purge_turns > 0
-            && let Some(rx) = &mut self.rx
-        {
-            let left = rx.discard(&context, &counters.rx_drops.stale);
-            self.purge_turns = if left { self.purge_turns - 1 } else { 0 };
-            if self.purge_turns > 0 {
-                return true;
-            }
-        }
-        let sent = self.tx.as_mut().map_or(Ok(false), |tx| tx.service(&context));
-        let received = self.rx.as_mut().map_or(Ok(false), |rx| rx.service(&context));
+        let [sent, received] = self.path.serve(&context);
         settle(shared, &self.signals, sent) | settle(shared, &self.signals, received)
     }
 }

@@ -229,6 +229,20 @@ impl Ring {
         self.next_available = self.next_available.wrapping_sub(count);
     }
 
+    /// Goes on from the used index in memory, after somebody else had the ring who left nothing in flight: what was taken and
+    /// not used is taken again.
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
+    pub fn resync(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
+        let used = self.load(memory, self.used + 2, Ordering::Acquire)?;
+        (self.next_available, self.available_index) = (used, used);
+        (self.next_used, self.shown, self.told) = (used, used, used);
+        // Unknown, so the next wish for kicks is written down.
+        self.kicks_wanted = false;
+        Ok(())
+    }
+
     fn read_available_index(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
         // Pairs with the driver's barrier: descriptors and entries are written before the index.
         let index = self.load(memory, self.available + 2, Ordering::Acquire)?;
@@ -569,6 +583,38 @@ mod tests {
                     assert_eq!(driver.ring(0).take_used(), Some(Used { head, length: round }));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_ring_that_somebody_else_had_goes_on_where_its_used_index_stands() {
+        for features in [0, EVENT_IDX] {
+            let mut driver = TestDriver::new(&[4]);
+            let at = driver.allocate(64, 16);
+            let memory = driver.memory();
+            let memory = memory.memory();
+            let mut ours = ring(&mut driver, features);
+            let mut other = ring(&mut driver, features);
+            let heads = [0, 1, 2].map(|_| driver.ring(0).add(&[Buffer::writable(at, 8)]));
+            ours.disable_kicks(&memory).unwrap();
+            // The other one takes two and uses one.
+            assert_eq!(other.next_head(&memory), Ok(Some(heads[0])));
+            assert_eq!(other.next_head(&memory), Ok(Some(heads[1])));
+            other.put_used(&memory, heads[0], 1).unwrap();
+            other.publish(&memory).unwrap();
+            ours.resync(&memory).unwrap();
+            assert_eq!(ours.state().next_used, 1);
+            assert_eq!(ours.next_head(&memory), Ok(Some(heads[1])));
+            assert_eq!(ours.next_head(&memory), Ok(Some(heads[2])));
+            assert_eq!(ours.publish(&memory), Ok(false), "nothing is owed for what the other one used");
+            ours.put_used(&memory, heads[1], 2).unwrap();
+            ours.publish(&memory).unwrap();
+            for (head, length) in [(heads[0], 1), (heads[1], 2)] {
+                assert_eq!(driver.ring(0).take_used(), Some(Used { head, length }));
+            }
+            assert_eq!(ours.enable_kicks(&memory), Ok(false));
+            driver.ring(0).add(&[Buffer::writable(at, 8)]);
+            assert!(driver.ring(0).kick(), "the driver hears that kicks are wanted again");
         }
     }
 

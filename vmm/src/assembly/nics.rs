@@ -25,6 +25,7 @@ pub fn open(config: &NicConfig, host: &Host) -> Result<(VirtioNet, LiveNic), Ass
         link_up: config.link == Link::Up,
         antispoof: config.antispoof,
         rss: config.rss,
+        vhost: config.vhost,
         rx_limits: limits::of_nic(&config.rx_limits),
         tx_limits: limits::of_nic(&config.tx_limits),
     };

@@ -19,7 +19,7 @@ pub(super) fn command(card: &mut Card, ring: usize, data: &[u8]) -> u8 {
     card.driver.read(answer, 1)[0]
 }
 
-fn offloads(value: u64) -> Vec<u8> {
+pub(super) fn offloads(value: u64) -> Vec<u8> {
     [&[5, 0][..], &value.to_le_bytes()].concat()
 }
 

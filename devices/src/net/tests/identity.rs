@@ -89,10 +89,7 @@ fn the_driver_receives_what_it_asked_for_and_nothing_else() {
 #[test]
 fn a_forged_address_does_not_leave_a_card_that_may_not_forge() {
     let (tap, host) = double(1);
-    let notifier = Arc::new(RecordedNotifier::default());
-    let options = NetOptions { antispoof: true, ..options(tap, 1) };
-    let device = VirtioNet::new(options, &PlainThreads, notifier.clone()).unwrap();
-    let mut card = Card { device, driver: TestDriver::new(&[64, 64, 64]), host, notifier, features: FEATURES };
+    let mut card = Card::with_options(NetOptions { antispoof: true, ..options(tap, 1) }, host, 64, FEATURES);
     let activation = card.driver.activation(FEATURES);
     card.device.start(activation).unwrap();
     let own = ethernet(OTHER, MAC, b"honest");

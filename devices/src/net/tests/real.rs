@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use super::*;
 use crate::DeviceEvent;
 
-const MERGE: u64 = bit(features::MRG_RXBUF);
+pub(super) const MERGE: u64 = bit(features::MRG_RXBUF);
 const ETH_P_ALL: u16 = 3;
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
@@ -79,7 +79,7 @@ impl Wire {
         Self(fd)
     }
 
-    fn send(&self, data: &[u8]) {
+    pub(super) fn send(&self, data: &[u8]) {
         // SAFETY: pointer and length of a slice.
         let sent = unsafe { libc::send(self.0.as_raw_fd(), data.as_ptr().cast(), data.len(), 0) };
         assert_eq!(sent, data.len() as isize, "{}", std::io::Error::last_os_error());
@@ -112,7 +112,7 @@ pub(super) fn ethernet(from_guest: bool, length: usize, seed: u8) -> Vec<u8> {
 
 impl Card {
     /// A running card over the tap `name`, which is set up.
-    fn real(name: &str, pairs: u16, features: u64) -> Self {
+    pub(super) fn real(name: &str, pairs: u16, features: u64) -> Self {
         let tap = Tap::open(name, pairs).unwrap();
         set_up(name, true);
         let mut card = Self::with_tap(tap, Vec::new(), pairs, 128, features);
@@ -121,7 +121,7 @@ impl Card {
     }
 
     /// Waits for our own frame among what else the host sends, and gives it; gives other buffers back.
-    fn await_frame(&mut self, addresses: &std::collections::HashMap<u16, u64>) -> Vec<u8> {
+    pub(super) fn await_frame(&mut self, addresses: &HashMap<u16, u64>) -> Vec<u8> {
         loop {
             let used = self.used(RX);
             let mut data = self.driver.read(addresses[&used.head], used.length as usize);
@@ -135,7 +135,7 @@ impl Card {
         }
     }
 
-    fn give_many(&mut self, count: usize, length: u32) -> std::collections::HashMap<u16, u64> {
+    pub(super) fn give_many(&mut self, count: usize, length: u32) -> HashMap<u16, u64> {
         (0..count).map(|_| self.give(length)).collect()
     }
 }
