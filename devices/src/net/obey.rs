@@ -56,8 +56,10 @@ pub(super) fn obey(shared: &Shared, command: Command) -> Outcome {
     Outcome::Waiting
 }
 
+/// Uses so many pairs from now on. What the tap has of queues beyond goes out of service when all workers have heard of it.
 fn use_pairs(shared: &Shared, pairs: u16) -> io::Result<()> {
-    let done = shared.tap.use_queues(pairs.into()).map(|()| shared.pairs.store(pairs, Ordering::SeqCst));
+    let serving = shared.pairs.load(Ordering::SeqCst).max(pairs);
+    let done = shared.tap.use_queues(serving.into()).map(|()| shared.pairs.store(pairs, Ordering::SeqCst));
     // Also if it failed: the tap's filter went with the change.
     shared.filter_tap();
     done

@@ -170,8 +170,11 @@ impl Path {
         }
     }
 
-    /// Does some of what there is to do, in our own way: each direction says whether there is more to do at once.
+    /// Does some of what there is to do, in our own way, which is to send only where the pair is not in use: each direction says whether there is more to do at once.
     pub(super) fn serve(&mut self, context: &Context<'_>) -> [Result<bool, RingError>; 2] {
+        if !context.in_use {
+            return [self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context)), Ok(false)];
+        }
         // First of all, so that what is thrown away cannot be an answer to what the driver sends now.
         if self.purge_turns > 0
             && let Some(rx) = &mut self.rx

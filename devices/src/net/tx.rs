@@ -102,8 +102,13 @@ impl Tx {
             match self.send(context, head)? {
                 Sent::TapFull => {
                     self.lane.ring.rewind(1);
-                    self.blocked = true;
                     context.counters.tx_tap_full.increment();
+                    if context.in_use {
+                        self.blocked = true;
+                    } else {
+                        // It is another pair that is told when that queue of the tap has room.
+                        self.throttled = Some(context.now + THROTTLE_SLICE);
+                    }
                     return Ok(false);
                 }
                 Sent::Dropped => {}

@@ -67,6 +67,8 @@ pub(super) struct Context<'a> {
     pub(super) counters: &'a PairCounters,
     pub(super) memory: &'a GuestMemoryMmap,
     pub(super) tap: BorrowedFd<'a>,
+    /// Whether the pair is in use. For one that is not, `tap` is the first queue of it.
+    pub(super) in_use: bool,
     pub(super) now: Instant,
     pub(super) link_up: bool,
     pub(super) filter: &'a Filter,
@@ -412,8 +414,14 @@ impl Worker {
         let shared = &self.shared;
         let generation = shared.pairs_generation.load(Ordering::SeqCst);
         if self.index == 0 {
-            if shared.pairs_waiting.load(Ordering::SeqCst) == 0
-                && let Some(control) = &mut running.control
+            if shared.pairs_waiting.load(Ordering::SeqCst) > 0 {
+                return;
+            }
+            // Nobody is at work any more on a queue that goes out of service now.
+            if let Err(error) = shared.tap.use_queues(shared.pairs.load(Ordering::SeqCst).into()) {
+                shared.tap_failed("take a queue out of service", &error);
+            }
+            if let Some(control) = &mut running.control
                 && let Err(error) = control.finish(&running.map)
             {
                 fail(shared, &running.signals, &error);
@@ -446,11 +454,16 @@ impl Worker {
         shared.filter.follow(&mut running.filter);
         shared.hasher.follow(&mut running.hasher);
         if self.index >= usize::from(shared.pairs.load(Ordering::SeqCst)) {
+            // What the driver had sent by it already: Linux does so until its command is answered, and never sends again what
+            // a card holds back.
+            if let Some(first) = shared.tap.queue(0) {
+                more |= running.serve_frames(shared, counters, first, false);
+            }
             running.path.flush(&running.map, counters);
             return more;
         }
         let was_blocked = running.path.is_blocked();
-        more |= running.serve_frames(shared, counters, tap);
+        more |= running.serve_frames(shared, counters, tap, true);
         if running.path.is_blocked() && !was_blocked {
             // Looks at the tap anew: it may have become writable before it was asked to tell. Once only: frames that
             // wait in the tap are an event each time.
@@ -489,7 +502,7 @@ impl Running {
         })
     }
 
-    fn serve_frames(&mut self, shared: &Shared, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
+    fn serve_frames(&mut self, shared: &Shared, counters: &PairCounters, tap: BorrowedFd<'_>, in_use: bool) -> bool {
         let offloads = shared.offloads.load(Ordering::Relaxed);
         let segmented = bit(GUEST_TSO4) | bit(GUEST_TSO6) | bit(GUEST_USO4) | bit(GUEST_USO6);
         let header = shared.tap.header();
@@ -498,6 +511,7 @@ impl Running {
             counters,
             memory: &self.map,
             tap,
+            in_use,
             now: Instant::now(),
             link_up: shared.link_up.load(Ordering::SeqCst),
             filter: &self.filter.1,

@@ -316,7 +316,8 @@ fn pairs_of_a_real_tap_are_attached_and_detached_as_the_driver_says() {
             card.driver.ring(8).kick();
             assert_eq!(card.used(8).length, 1);
             assert_eq!(card.driver.read(command + 4, 1), [0]);
-            for pair in 0..usize::from(pairs) {
+            // Also those out of use, by the first queue of the tap.
+            for pair in 0..4 {
                 card.driver.ring(2 * pair + 1).add(&[Buffer::readable(address, data.len() as u32)]);
                 card.driver.ring(2 * pair + 1).kick();
                 assert_eq!(wire.receive(), data[HEADER_SIZE..], "pair {pair} of {pairs}");
