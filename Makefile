@@ -1,7 +1,7 @@
 # The everyday commands. Each does its own set-up: as root on Debian nothing but Rust must be there before.
 CARGO ?= cargo
 
-.PHONY: help demo test lint fmt clippy docs guest bench-block bench-boot bench-memory bench-path
+.PHONY: help demo test lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,9 @@ bench-boot: ## boot time and memory, side by side with other VMMs
 
 bench-memory: ## what each kind of guest RAM costs
 	@benches/memory
+
+bench-net: ## NICs, side by side with other VMMs
+	@benches/net
 
 bench-path: ## time and allocations of a disk's request between ring and backend, without a guest
 	$(CARGO) bench -p rackvisor-devices --features test-double --bench block_path

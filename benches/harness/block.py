@@ -135,11 +135,8 @@ class Machine:
 
     def measure(self, row, seconds):
         """Runs the load of a row once. fio tells operations and latencies, the host what they cost in the middle of the run."""
-        self.running.go_on()
-        try:
+        with self.running.going():
             return self.load(row, seconds)
-        finally:
-            self.running.halt()
 
     def load(self, row, seconds):
         self.agent.start(fio(row.load, row.queues, seconds + TRAIL))

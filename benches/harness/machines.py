@@ -15,17 +15,19 @@ MAC = "52:54:00:00:00:01"
 
 
 class Guest:
-    """A kernel, an initrd, a disk and perhaps a tap: the same for every machine."""
+    """A kernel, an initrd, perhaps a disk and a tap: the same for every machine."""
 
-    def __init__(self, kernel, initrd, disk, mode, tap=None, cmdline="", ram_mib=RAM_MIB, memory=None, cpus=1, queues=1):
+    def __init__(self, kernel, initrd, disk, mode, tap=None, cmdline="", ram_mib=RAM_MIB, memory=None, cpus=1, queues=1, pairs=1):
         self.kernel = kernel
         self.initrd = initrd
+        # None where a NIC is what is measured, and only machines for that are run
         self.disk = disk
         self.tap = tap
         self.ram_mib = ram_mib
         self.cpus = cpus
-        # of the disk
+        # of the disk; and pairs of queues of the NIC
         self.queues = queues
+        self.pairs = pairs
         # Rackvisor's own memory settings, for benches/memory
         self.memory = memory or {}
         self.cmdline = " ".join(filter(None, [CMDLINE, f"rv.mode={mode}", cmdline]))
@@ -36,9 +38,11 @@ class Rackvisor:
 
     kernels = ("vmlinux", "vmlinuz")
 
-    def __init__(self, program, name="rackvisor"):
+    def __init__(self, program, name="rackvisor", nic=None):
         self.program = program
         self.name = name
+        # further settings of the NIC
+        self.nic = nic or {}
 
     def command(self, guest, folder):
         config = {
@@ -46,13 +50,21 @@ class Rackvisor:
             "cpus": {"count": guest.cpus},
             "memory": {"size": f"{guest.ram_mib}MiB", **guest.memory},
             "boot": {"kernel": guest.kernel, "initrd": guest.initrd, "cmdline": guest.cmdline},
-            "disks": [{"id": "disk0", "path": guest.disk, "queues": guest.queues}],
             "serial": {"mode": "stdio"},
         }
+        if guest.disk:
+            config["disks"] = [{"id": "disk0", "path": guest.disk, "queues": guest.queues}]
         if guest.tap:
-            config["nics"] = [{"id": "net0", "tap": guest.tap, "mac": MAC}]
+            config["nics"] = [{"id": "net0", "tap": guest.tap, "mac": MAC, "queues": guest.pairs, **self.nic}]
         path = write(folder, "rackvisor.json", config)
         return [self.program, "--log", "warn", "--api-socket", self.socket(folder), "--config", path, "--boot"]
+
+    def knows(self, folder):
+        """Whether the program has the settings of the NIC: a kernel that does not exist ends what it does with them."""
+        guest = Guest("/nonexistent", "/nonexistent", None, "agent", tap="bench0")
+        words = [self.program, "run", self.command(guest, folder)[-2]]
+        said = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        return "unknown field" not in said.stderr
 
     @staticmethod
     def socket(folder):
@@ -85,23 +97,33 @@ class QemuMicrovm:
 
 
 class QemuQ35:
-    """QEMU's machine for datacenters, with a thread for its disk, io_uring, and the host's page cache passed by. The disk is a
-    block device."""
+    """QEMU's machine for datacenters. A disk is a block device and has a thread, io_uring, and the host's page cache passed
+    by; a NIC has what QEMU gives it by itself, but for vhost."""
 
-    name = "qemu-q35"
     kernels = ("vmlinux", "vmlinuz")
 
-    def __init__(self, program):
+    def __init__(self, program, name="qemu-q35", vhost=False):
         self.program = program
+        self.name = name
+        self.vhost = vhost
 
     def command(self, guest, folder):
         del folder
         command = [self.program, "-M", "q35,accel=kvm", "-cpu", "host", "-smp", str(guest.cpus), "-m", f"{guest.ram_mib}M"]
         command += ["-no-user-config", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]
         command += ["-kernel", guest.kernel, "-initrd", guest.initrd, "-append", guest.cmdline]
-        disk = f"driver=host_device,filename={guest.disk},node-name=disk0,aio=io_uring,cache.direct=on"
-        command += ["-name", "bench,debug-threads=on", "-object", "iothread,id=disk0", "-blockdev", disk]
-        return [*command, "-device", f"virtio-blk-pci,drive=disk0,iothread=disk0,num-queues={guest.queues}"]
+        command += ["-name", "bench,debug-threads=on"]
+        if guest.disk:
+            disk = f"driver=host_device,filename={guest.disk},node-name=disk0,aio=io_uring,cache.direct=on"
+            command += ["-object", "iothread,id=disk0", "-blockdev", disk]
+            command += ["-device", f"virtio-blk-pci,drive=disk0,iothread=disk0,num-queues={guest.queues}"]
+        if guest.tap:
+            vhost = "on" if self.vhost else "off"
+            command += ["-netdev", f"tap,id=net0,ifname={guest.tap},script=no,downscript=no,vhost={vhost},queues={guest.pairs}"]
+            # a vector for each queue, one for commands and one for changes of the configuration
+            pairs = f",mq=on,vectors={2 * guest.pairs + 2}" if guest.pairs > 1 else ""
+            command += ["-device", f"virtio-net-pci,netdev=net0,mac={MAC}{pairs}"]
+        return command
 
 
 class QemuTuned(QemuMicrovm):
@@ -137,15 +159,7 @@ class Firecracker:
                 "initrd_path": guest.initrd,
                 "boot_args": f"{guest.cmdline} reboot=k i8042.noaux i8042.nomux i8042.dumbkbd",
             },
-            "drives": [
-                {
-                    "drive_id": "disk0",
-                    "path_on_host": guest.disk,
-                    "is_root_device": False,
-                    "is_read_only": False,
-                    "io_engine": "Async" if stat.S_ISBLK(os.stat(guest.disk).st_mode) else "Sync",
-                }
-            ],
+            "drives": self.drives(guest.disk),
             "machine-config": {"vcpu_count": guest.cpus, "mem_size_mib": guest.ram_mib},
             "entropy": {},
         }
@@ -153,6 +167,13 @@ class Firecracker:
             config["network-interfaces"] = [{"iface_id": "net0", "guest_mac": MAC, "host_dev_name": guest.tap}]
         path = write(folder, "firecracker.json", config)
         return [self.program, "--api-sock", os.path.join(folder, "firecracker.sock"), "--config-file", path]
+
+    @staticmethod
+    def drives(disk):
+        if not disk:
+            return []
+        drive = {"drive_id": "disk0", "path_on_host": disk, "is_root_device": False, "is_read_only": False}
+        return [{**drive, "io_engine": "Async" if stat.S_ISBLK(os.stat(disk).st_mode) else "Sync"}]
 
 
 class CloudHypervisor:
@@ -168,9 +189,11 @@ class CloudHypervisor:
         command = [self.program, "--api-socket", f"path={os.path.join(folder, 'ch.sock')}"]
         command += ["--cpus", f"boot={guest.cpus}", "--memory", f"size={guest.ram_mib}M"]
         command += ["--kernel", guest.kernel, "--initramfs", guest.initrd, "--cmdline", guest.cmdline]
-        command += ["--disk", self.disk(guest), "--serial", "tty", "--console", "off"]
+        command += ["--serial", "tty", "--console", "off"]
+        if guest.disk:
+            command += ["--disk", self.disk(guest)]
         if guest.tap:
-            command += ["--net", f"tap={guest.tap},mac={MAC}"]
+            command += ["--net", f"tap={guest.tap},mac={MAC},num_queues={2 * guest.pairs}"]
         return command
 
     @staticmethod

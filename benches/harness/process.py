@@ -6,6 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import contextmanager
 
 
 class Silent(Exception):
@@ -59,11 +60,17 @@ class Running:
                 return now - self.started
 
     def halt(self):
-        """Stops the whole process, until `go_on`."""
+        """Stops the whole process, but for the time of `going`."""
         self.process.send_signal(signal.SIGSTOP)
 
-    def go_on(self):
+    @contextmanager
+    def going(self):
+        """Lets it go on for a while."""
         self.process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.halt()
 
     def type(self, text):
         """Types `text` on the serial port."""

@@ -1,0 +1,356 @@
+"""Traffic between guests and their host over taps. All machines are started, and measured one after the other, in turn; the
+others are stopped meanwhile."""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import machines
+import report
+import staging
+from agent import Agent
+from process import Running, Silent
+from taps import Tap
+from usage import SystemCalls, Usage, kvm_folders, vhost_threads
+
+OWN = "rackvisor"
+OWN_VHOST = "rackvisor-vhost"
+REFERENCE = "qemu-q35"
+REFERENCE_VHOST = "qemu-q35-vhost"
+CPUS = 2
+TIMEOUT = 90
+# Seconds of traffic before what is measured, and until the counters are looked at: connections open, and polling settles.
+LEAD = 1
+SETTLE = 0.5
+# Seconds over which system calls are counted.
+COUNTING = 1
+# Payload of the smallest frame that Ethernet has, 64 bytes with the checksum.
+SMALLEST = 18
+ROUND_TRIP = re.compile(r"time=([0-9.]+) ms")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What iperf3 does: a client on the host, its server in the guest."""
+
+    name: str
+    words: tuple
+    to_host: bool
+    # bytes of a datagram, where what counts are datagrams rather than bits
+    datagram: int = 0
+
+    unit = "Mbit/s"
+    is_tcp = property(lambda self: "-u" not in self.words)
+
+    def __str__(self):
+        return f"{self.name} {'guest→host' if self.to_host else 'host→guest'}"
+
+    def command(self, tap, seconds):
+        reverse = ["-R"] if self.to_host else []
+        return ["iperf3", "-c", tap.guest, "-J", "-O", str(LEAD), "-t", str(seconds), *self.words, *reverse]
+
+    def result(self, said):
+        """What came through, and the share of datagrams that did not."""
+        came = json.loads(said)["end"]["sum_received"]
+        if self.datagram:
+            return came["bits_per_second"] / 8 / self.datagram, came["lost_percent"]
+        return came["bits_per_second"] / 1e6, came.get("lost_percent")
+
+
+@dataclass(frozen=True)
+class Small(Traffic):
+    """Datagrams that are as small as can be."""
+
+    unit = "frames/s"
+
+
+@dataclass(frozen=True)
+class Ping:
+    """The host asks, the guest's kernel answers, and the next question follows at once."""
+
+    unit = "µs"
+    is_tcp = False
+
+    def __str__(self):
+        return "ping"
+
+    def command(self, tap, seconds):
+        return ["ping", "-n", "-i", "0", "-w", str(LEAD + seconds), tap.guest]
+
+    def result(self, said):
+        times = [float(time) for time in ROUND_TRIP.findall(said)]
+        if not times:
+            raise Silent(f"no answer to ping:\n{said[-500:]}")
+        return statistics.median(times) * 1e3, None
+
+
+UDP = ("-u", "-b", "0")
+LOADS = (
+    Traffic("TCP 1 stream", ("-P", "1"), True),
+    Traffic("TCP 1 stream", ("-P", "1"), False),
+    Traffic("TCP 4 streams", ("-P", "4"), True),
+    Traffic("TCP 4 streams", ("-P", "4"), False),
+    Traffic("UDP", UDP, True),
+    Traffic("UDP", UDP, False),
+    Small("UDP 64 bytes", (*UDP, "-l", str(SMALLEST)), True, SMALLEST),
+    Small("UDP 64 bytes", (*UDP, "-l", str(SMALLEST)), False, SMALLEST),
+    Ping(),
+)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How many times as much of one machine as of another has to come through, in which rows."""
+
+    ours: str
+    theirs: str
+    limit: float
+    tcp_only: bool = False
+
+    def __str__(self):
+        return f"{self.ours} at least {self.limit} × {self.theirs}{' for TCP' if self.tcp_only else ''}"
+
+
+PROMISES = (
+    Promise(OWN, REFERENCE, 1.2),
+    Promise(OWN, REFERENCE_VHOST, 0.9, tcp_only=True),
+    Promise(OWN_VHOST, REFERENCE_VHOST, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run. Costs are the VMM's by the frame through the tap, or the megabyte."""
+
+    result: float
+    lost: float
+    cpu: float
+    cpu_megabyte: float
+    exits: float
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="benches/net")
+    parser.add_argument("--rackvisor", required=True)
+    parser.add_argument("--guest", required=True, help="folder with vmlinux and initrd-net.img")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=3)
+    parser.add_argument("--rows", default="", help="regular expression; such rows only")
+    parser.add_argument("--machines", default="", help="regular expression; such machines only; the promises need all")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs of queues of each NIC")
+    return parser.parse_args()
+
+
+class Machine:
+    """A machine with its guest and tap, ready to be measured until it is closed. It runs only while it is measured."""
+
+    def __init__(self, kind, number, pairs, files):
+        self.name = kind.name
+        self.tap = Tap(number, pairs)
+        self.running = None
+        try:
+            folders, threads = kvm_folders(), vhost_threads()
+            guest = machines.Guest(
+                f"{files}/vmlinux",
+                f"{files}/initrd-net.img",
+                None,
+                "agent",
+                tap=self.tap.name,
+                # a guest that was stopped has missed its watchdog's time
+                cmdline=f"nosoftlockup rv.ip={self.tap.guest}/24",
+                cpus=CPUS,
+                pairs=pairs,
+            )
+            self.running = Running(kind, guest)
+            agent = Agent(self.running, TIMEOUT)
+            agent.run("iperf3 -s -D >/dev/null 2>&1")
+            self.folder = next(iter(kvm_folders() - folders), None)
+            self.helpers = vhost_threads() - threads
+            self.running.halt()
+        except Silent:
+            self.close()
+            raise
+
+    def close(self):
+        if self.running:
+            self.running.__exit__()
+        self.tap.remove()
+
+    def usage(self):
+        return Usage(self.running.process.pid, self.folder, self.helpers), *self.tap.passed()
+
+    def start(self, load, seconds):
+        command = load.command(self.tap, seconds)
+        started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        time.sleep(LEAD + SETTLE)
+        return started
+
+    @staticmethod
+    def finish(started, seconds):
+        """Waits for the end of what was started; gives what it said."""
+        try:
+            said, _ = started.communicate(timeout=seconds + TIMEOUT)
+        except subprocess.TimeoutExpired as late:
+            started.kill()
+            started.wait()
+            raise Silent(f"{' '.join(started.args)} did not end") from late
+        if started.returncode:
+            raise Silent(f"{' '.join(started.args)} ended with status {started.returncode}\n{said[-1000:]}")
+        return said
+
+    def measure(self, load, seconds):
+        """Runs a load once. iperf3 and ping tell what came through, the host what it cost in the middle of the run."""
+        with self.running.going():
+            return self.load(load, seconds)
+
+    def load(self, load, seconds):
+        started = self.start(load, seconds)
+        before, frames, size = self.usage()
+        time.sleep(seconds - SETTLE)
+        after, *passed = self.usage()
+        result, lost = load.result(self.finish(started, seconds))
+        frames, size = passed[0] - frames, passed[1] - size
+        cpu = (after.cpu - before.cpu) * 1e6
+        exits = (after.exits - before.exits) / max(frames, 1) if self.folder else None
+        return Sample(result, lost, cpu / max(frames, 1), cpu / max(size, 1) * 1e6, exits)
+
+    def system_calls(self, load):
+        """System calls by the frame, counted in a run of its own."""
+        with self.running.going():
+            started = self.start(load, COUNTING + 1)
+            frames, _ = self.tap.passed()
+            with SystemCalls(self.running.process.pid) as calls:
+                time.sleep(COUNTING)
+            frames = self.tap.passed()[0] - frames
+            self.finish(started, COUNTING + 1)
+        return None if calls.count is None else calls.count / max(frames, 1)
+
+
+class Results:
+    """What was measured, by load and machine."""
+
+    def __init__(self):
+        self.samples = {}
+        self.calls = {}
+
+    def add(self, load, machine, sample):
+        self.samples.setdefault((load, machine.name), []).append(sample)
+
+    def median(self, load, name, what):
+        seen = [getattr(sample, what) for sample in self.samples.get((load, name), [])]
+        seen = [value for value in seen if value is not None]
+        return statistics.median(seen) if seen else None
+
+    def ratio(self, load, ours, theirs):
+        """The median of what the rounds say: both were measured one after the other in each. More is better."""
+        pairs = zip(self.samples.get((load, ours), []), self.samples.get((load, theirs), []))
+        if isinstance(load, Ping):
+            pairs = ((other, mine) for mine, other in pairs)
+        rounds = [mine.result / other.result for mine, other in pairs if other.result]
+        return statistics.median(rounds) if rounds else None
+
+
+def measure_all(kinds, loads, options, files):
+    """Every round begins with another machine."""
+    results, ready = Results(), []
+    try:
+        for number, kind in enumerate(kinds):
+            ready.append(Machine(kind, number, options.pairs, files))
+        for number in range(options.rounds):
+            for load in loads:
+                for machine in ready[number % len(ready) :] + ready[: number % len(ready)]:
+                    sample = machine.measure(load, options.seconds)
+                    results.add(load, machine, sample)
+                    print(f"  round {number + 1}: {load}: {machine.name} {sample.result:.0f} {load.unit}", file=sys.stderr, flush=True)
+        for load in loads:
+            for machine in ready:
+                results.calls[load, machine.name] = machine.system_calls(load)
+    except Silent as problem:
+        # what was measured before counts
+        print(f"ended early: {problem}", file=sys.stderr, flush=True)
+    finally:
+        for machine in ready:
+            machine.close()
+    return results
+
+
+def show(value, digits=0):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def print_rows(kinds, loads, results):
+    table = []
+    for load in loads:
+        for kind in kinds:
+            cells = [f"{show(results.median(load, kind.name, 'result'))} {load.unit}"]
+            columns = (("lost", 1), ("cpu_megabyte", 0), ("cpu", 1), ("exits", 2))
+            cells += [show(results.median(load, kind.name, what), digits) for what, digits in columns]
+            cells.append(show(results.calls.get((load, kind.name)), 2))
+            cells += [show(results.ratio(load, ours, kind.name), 2) for ours in (OWN, OWN_VHOST)]
+            table.append([f"{load}: {kind.name}", *cells])
+    costs = ["CPU µs/MB", "CPU µs/frame", "exits/frame", "calls/frame"]
+    report.table(["medians", "result", "lost %", *costs, f"{OWN}/this", f"{OWN_VHOST}/this"], table)
+
+
+def judge(kinds, loads, results):
+    """Whether the promises hold."""
+    known = {kind.name for kind in kinds}
+    holds = True
+    for promise in PROMISES:
+        absent = [name for name in (promise.ours, promise.theirs) if name not in known]
+        if absent:
+            print(f"{promise}: not judged: {' and '.join(absent)} did not take part")
+            continue
+        rows = [load for load in loads if load.is_tcp or not promise.tcp_only]
+        ratios = {load: results.ratio(load, promise.ours, promise.theirs) for load in rows}
+        missed = [load for load, ratio in ratios.items() if ratio is None or ratio < promise.limit]
+        for load in missed:
+            print(f"{load}: {promise.ours} {show(ratios[load], 2)} of {promise.theirs}, not {promise.limit}")
+        said = "does not hold" if missed else "holds"
+        print(f"{promise}: {said} ({len(rows) - len(missed)} of {len(rows)} rows)")
+        holds = holds and not missed
+    return holds
+
+
+def kinds_compared(files):
+    """Rackvisor first, then the others; RACKVISOR_BASE names another build of Rackvisor."""
+    program = os.path.join(files, "rackvisor")
+    qemu = machines.qemu()
+    compared = [machines.Rackvisor(program, OWN)]
+    vhost = machines.Rackvisor(program, OWN_VHOST, nic={"vhost": True})
+    if vhost.knows(files):
+        compared.append(vhost)
+    else:
+        print(f"SKIPPED: {OWN_VHOST}: not built: this program has no setting \"vhost\" of a NIC", flush=True)
+    compared += [machines.QemuQ35(qemu, REFERENCE), machines.QemuQ35(qemu, REFERENCE_VHOST, vhost=True)]
+    base = os.environ.get("RACKVISOR_BASE")
+    if base:
+        compared.append(machines.Rackvisor(base, "rackvisor-base"))
+    return compared + machines.others()
+
+
+def main():
+    options = arguments()
+    loads = [load for load in LOADS if re.search(options.rows, str(load))]
+    if not loads:
+        print(f"benches/net: no row matches {options.rows!r}; there are:", *LOADS, sep="\n  ", file=sys.stderr)
+        return 2
+    subprocess.run(["modprobe", "-a", "tun", "vhost_net"], check=True)
+    with staging.Files(options, ("vmlinux", "initrd-net.img")) as files:
+        kinds = [kind for kind in kinds_compared(files) if re.search(options.machines, kind.name)]
+        report.heading([machines.version(kind.program) for kind in kinds])
+        results = measure_all(kinds, loads, options, files)
+        print(f"\niperf3 and ping between host and guest ({CPUS} vCPUs, {options.pairs} pair(s) of queues); CPU: of the VMM and the "
+              f"kernel's threads for it, without its guest; {options.rounds} rounds of {options.seconds} s")
+        print_rows(kinds, loads, results)
+        return 0 if judge(kinds, loads, results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
