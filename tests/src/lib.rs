@@ -10,13 +10,16 @@
     reason = "a test fails by panicking, also in its helpers"
 )]
 
-mod fio;
 mod guest;
 mod hostdisk;
+mod laps;
 mod linux;
+mod node;
+mod pairwise;
 mod process;
 mod programs;
 mod san;
+mod sdn;
 mod spoil;
 mod tap;
 mod terminal;
@@ -28,13 +31,16 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-pub use fio::Laps;
 pub use guest::Guest;
 pub use hostdisk::{Mapped, NullBlk};
-pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio};
+pub use laps::Laps;
+pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio, linux_with_net};
+pub use node::{Node, nodes};
+pub use pairwise::pairwise;
 pub use process::{Census, Mappings, assert_nothing_more};
 pub use programs::{good, output, rackctl};
 pub use san::{San, san_is_missing};
+pub use sdn::{Bridge, Ovn, Port, PortOptions, Station, sdn_is_missing};
 pub use spoil::spoil_everything;
 pub use tap::{Rarps, Tap, taps_are_missing};
 pub use terminal::Terminal;
@@ -106,20 +112,31 @@ pub fn eventually<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// `length` bytes that follow from `seed`. Each block of 512 bytes differs from all others.
-pub fn noise(seed: u64, length: usize) -> Vec<u8> {
-    // splitmix64
-    let mut state = seed;
-    let mut random = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+/// Numbers that follow from a seed: splitmix64.
+pub struct Random(pub u64);
+
+impl Random {
+    /// The next one.
+    pub fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
-    };
-    let pool: Vec<u8> = (0..1024).flat_map(|_| random().to_le_bytes()).collect();
+    }
+
+    /// The next one below `limit`, a small number.
+    pub fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.draw() % limit as u64).unwrap()
+    }
+}
+
+/// `length` bytes that follow from `seed`. Each block of 512 bytes differs from all others.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut random = Random(seed);
+    let pool: Vec<u8> = (0..1024).flat_map(|_| random.draw().to_le_bytes()).collect();
     let mut bytes = Vec::with_capacity(length + 512);
     while bytes.len() < length {
-        let from = usize::try_from(random() % 7000).unwrap();
+        let from = random.below(7000);
         bytes.extend((bytes.len() as u64).to_le_bytes());
         bytes.extend(&pool[from..from + 504]);
     }

@@ -48,8 +48,20 @@ pub fn linux() -> VmConfig {
 /// # Panics
 /// If the guest was built without them.
 pub fn linux_with_fio() -> VmConfig {
-    let initrd = folder().join("initrd-fio.img");
-    assert!(initrd.exists(), "no {}: run resources/guest/build --fio", initrd.display());
+    linux_with("fio")
+}
+
+/// As [`linux`] with ethtool, iperf3, socat and VLANs.
+///
+/// # Panics
+/// If the guest was built without them.
+pub fn linux_with_net() -> VmConfig {
+    linux_with("net")
+}
+
+fn linux_with(set: &str) -> VmConfig {
+    let initrd = folder().join(format!("initrd-{set}.img"));
+    assert!(initrd.exists(), "no {}: run resources/guest/build --{set}", initrd.display());
     let mut config = linux();
     config.boot = config.boot.map(|boot| BootConfig { initrd: Some(initrd), ..boot });
     config

@@ -10,6 +10,13 @@ pub fn output(command: &mut Command) -> (i32, String, String) {
     (status.code().unwrap(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
 }
 
+/// Runs a program of the host, which must succeed, with the words of `line`; gives its standard output.
+pub(crate) fn tool(program: &str, line: &str) -> String {
+    let (status, out, err) = output(Command::new(program).args(line.split_whitespace()));
+    assert_eq!(status, 0, "{program} {line}: {err}");
+    out
+}
+
 /// Runs `rackctl` with the arguments of `line`.
 pub fn rackctl(vmm: &Rackvisor, line: &str) -> (i32, String, String) {
     let socket = vmm.client.socket();

@@ -11,6 +11,7 @@ use rackvisor_devices::net::open_queues;
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, sockopt};
 
 use crate::PATIENCE;
+use crate::programs::tool;
 
 static NUMBER: AtomicU8 = AtomicU8::new(0);
 
@@ -27,8 +28,7 @@ pub struct Tap {
 }
 
 fn ip(arguments: &str) {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output().unwrap();
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    tool("ip", arguments);
 }
 
 impl Tap {

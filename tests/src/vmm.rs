@@ -183,6 +183,19 @@ impl Rackvisor {
         events.filter(|event| event["kind"] == kind).map(|event| event["data"].clone()).collect()
     }
 
+    /// What was counted, over all metrics whose line has each of these parts.
+    ///
+    /// # Panics
+    /// If there is no such line.
+    pub fn counted(&self, parts: &[&str]) -> u64 {
+        let metrics = self.client.metrics().unwrap();
+        let value = |line: &str| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64;
+        let mine = |line: &&str| !line.starts_with('#') && parts.iter().all(|part| line.contains(part));
+        let values: Vec<_> = metrics.lines().filter(mine).map(value).collect();
+        assert!(!values.is_empty(), "no {parts:?} in {metrics}");
+        values.iter().sum()
+    }
+
     /// Kills it with SIGKILL and waits until the kernel has taken it apart.
     pub fn kill(mut self) -> TempDir {
         self.process.kill().unwrap();

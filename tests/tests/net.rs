@@ -11,8 +11,8 @@ use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::Action;
 use rackvisor_tests::{
-    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_nothing_more, assert_same_bytes, eventually, linux, needs_kvm,
-    needs_vhost, noise, sha256, skip,
+    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_nothing_more, assert_same_bytes, eventually, linux, linux_with_net,
+    needs_kvm, needs_vhost, noise, sha256,
 };
 
 const AMOUNT: usize = 100_000_000;
@@ -181,7 +181,7 @@ fn listen_to_all(vhost: bool) {
 
 /// A guest with two CPUs and a NIC with RSS on `tap`.
 fn with_rss(vmm: &Rackvisor, tap: &Tap) -> Guest {
-    let mut config = linux();
+    let mut config = linux_with_net();
     config.boot.as_mut().unwrap().cmdline += &tap.cmdline();
     config.cpus.count = 2;
     config.nics = vec![NicConfig { queues: 2, rss: true, ..tap.nic() }];
@@ -227,9 +227,6 @@ fn a_guest_chooses_the_queue_that_receives_and_how_long_its_interrupts_are_held_
     needs_kvm!();
     let (tap, vmm) = (Tap::multi_queue(), Rackvisor::start());
     let mut guest = with_rss(&vmm, &tap);
-    if guest.run("command -v ethtool").0 != 0 {
-        return skip("the guest has no ethtool");
-    }
     guest.ok("ethtool -X eth0 weight 0 1");
     let [_, second] = spread(&vmm, &tap);
     // What has no hash, such as ARP, is for the first one all the same.

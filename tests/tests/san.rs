@@ -49,7 +49,7 @@ fn a_guest_notices_nothing_when_one_path_dies_and_returns() {
     let san = San::take();
     let vmm = Rackvisor::start();
     let mut guest = vmm.boot_linux(&VmConfig { disks: vec![san.disk("root", San::RETRIES)], ..linux_with_fio() });
-    let laps = Laps::start(&mut guest, "/dev/vda");
+    let laps = Laps::fio(&mut guest, "/dev/vda");
     wait_for_writes(&vmm, "root", 50);
     san.fail_path(0);
     san.wait_paths(1);
@@ -75,7 +75,7 @@ fn without_a_path_a_vm_that_stops_on_errors_pauses_and_goes_on_as_if_nothing_had
     });
     let mut other = reports.boot_linux(&VmConfig { disks: vec![san.disk("data", San::FAILS)], ..linux() });
 
-    let laps = Laps::start(&mut guest, "/dev/vda");
+    let laps = Laps::fio(&mut guest, "/dev/vda");
     other.send("i=0; while dd if=/dev/zero of=/dev/vda bs=4k seek=$i count=1 oflag=direct; do i=$((i + 1)); done 2>&1 | grep rror");
     wait_for_writes(&stops, "root", 100);
     san.fail_all_paths();
@@ -142,7 +142,7 @@ fn while_a_lun_without_a_path_keeps_its_requests_the_api_answers_and_a_pause_tha
         disks: vec![with(&san.disk("root", San::QUEUES), json!({ "stall_after": "3s" }))],
         ..linux_with_fio()
     });
-    let laps = Laps::start(&mut guest, "/dev/vda");
+    let laps = Laps::fio(&mut guest, "/dev/vda");
     wait_for_writes(&vmm, "root", 50);
     san.fail_all_paths();
 

@@ -1,0 +1,133 @@
+//! A guest on a port of a bridge that sends and sends back.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use rackvisor_api::VmConfig;
+use rackvisor_api::size::ByteSize;
+
+use crate::{Guest, Port, Rackvisor, linux_with_net};
+
+/// The port, of TCP and UDP, where each guest sends back what it is sent.
+pub(crate) const ECHO: u16 = 7;
+/// Bytes of a datagram: with all headers, even of IPv6, no packet is larger than 1500.
+const DATAGRAM: u32 = 1400;
+/// So many datagrams, a quarter of a megabyte, fit into every queue on their way.
+const DATAGRAMS: u32 = 180;
+
+/// A VM on a port.
+pub struct Node {
+    /// Its console.
+    pub guest: Guest,
+    /// Its process.
+    pub vmm: Rackvisor,
+    /// Its port, which goes when the process is gone.
+    pub port: Port,
+}
+
+/// Boots a guest on each port, all at a time. `change` gets its place in the array.
+pub fn nodes<const N: usize>(ports: [Port; N], change: impl Fn(usize, &mut VmConfig)) -> [Node; N] {
+    let mut place = 0;
+    let mut nodes = ports.map(|port| {
+        let mut config = linux_with_net();
+        config.memory.size = ByteSize::mib(384);
+        config.nics = vec![port.nic.clone()];
+        change(place, &mut config);
+        place += 1;
+        let vmm = Rackvisor::start();
+        Node { guest: vmm.boot_with_console(&config), vmm, port }
+    });
+    nodes.iter_mut().for_each(Node::prepare);
+    nodes
+}
+
+impl Node {
+    /// Bytes of the data that each guest sends over TCP.
+    pub const DATA: u64 = 3 << 20;
+
+    fn prepare(&mut self) {
+        self.guest.wait_ready();
+        self.plug_in();
+        // Data that no other guest has, and buffers that take all datagrams at once.
+        self.guest.ok(&format!(
+            "echo 8000000 >/proc/sys/net/core/rmem_default; \
+             head -c {} /dev/urandom >/tmp/data; sha256sum </tmp/data >/tmp/sum; head -c {} /tmp/data >/tmp/datagrams; \
+             socat -b4096 TCP6-LISTEN:{ECHO},reuseaddr,fork,backlog=64 PIPE >/dev/null 2>/run/echo-tcp &",
+            Self::DATA,
+            DATAGRAM * DATAGRAMS,
+        ));
+    }
+
+    /// Gives eth0 its addresses, as at the start; after the driver has had a new card, too.
+    pub fn plug_in(&mut self) {
+        let Port { address, gateway, .. } = self.port;
+        let route = gateway.map(|gateway| format!("&& ip route add default via {gateway}")).unwrap_or_default();
+        self.guest.ok(&format!(
+            "echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad; ip link set eth0 up && ip address add {address}/24 dev eth0 && \
+             ip address add {}/64 dev eth0 {route}",
+            self.address6()
+        ));
+    }
+
+    /// Its address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.port.address
+    }
+
+    /// Its address in IPv6.
+    pub fn address6(&self) -> Ipv6Addr {
+        let [_, _, net, host] = self.port.address.octets();
+        Ipv6Addr::new(0xfd00, 0, 0, net.into(), 0, 0, 0, host.into())
+    }
+
+    /// Pings `to` once, and waits up to five seconds for the answer.
+    pub fn pings(&mut self, to: impl std::fmt::Display) -> bool {
+        self.guest.run(&format!("ping -c 1 -W 5 {to}")).0 == 0
+    }
+
+    /// Sends its data to `other` over TCP, which sends it back, and both send each other their datagrams, by IPv6 or IPv4; all of it
+    /// arrives as it was.
+    pub fn exchanges_with(&mut self, other: &mut Self, v6: bool) {
+        let (version, to) = if v6 { (6, format!("[{}]", other.address6())) } else { (4, other.address().to_string()) };
+        let echo = format!("{version}:{to}:{ECHO}");
+        let wanted = self.guest.ok("cat /tmp/sum");
+        let tcp = format!("socat -b65536 -t170 - TCP{echo},retry=50,interval=0.1 </tmp/data | sha256sum");
+        assert_eq!(self.guest.ok(&tcp), wanted, "by TCP{version}");
+        self.sends_datagrams_to(other, v6);
+        other.sends_datagrams_to(self, v6);
+    }
+
+    /// Sends its datagrams to `other`, which all arrive as they were.
+    fn sends_datagrams_to(&mut self, other: &mut Self, v6: bool) {
+        let (version, to) = if v6 { (6, format!("[{}]", other.address6())) } else { (4, other.address().to_string()) };
+        // The switch may let datagrams overtake others while it learns the way.
+        let sum = format!("xxd -p -c{DATAGRAM} | sort | sha256sum");
+        other.guest.ok(&format!(
+            "socat -u -b{DATAGRAM} UDP6-RECV:{ECHO},reuseaddr CREATE:/tmp/got >/dev/null 2>&1 & echo $! >/run/receiver; \
+             until netstat -lun | grep -q ':{ECHO} '; do usleep 10000; done"
+        ));
+        let wanted = self.guest.ok(&format!(
+            "socat -u -b{DATAGRAM} FILE:/tmp/datagrams UDP{version}:{to}:{ECHO} && {sum} </tmp/datagrams"
+        ));
+        let got = other.guest.ok(&format!(
+            "for i in $(seq 200); do [ $(wc -c </tmp/got) -ge {} ] && break; usleep 50000; done; \
+             kill $(cat /run/receiver); {sum} </tmp/got",
+            DATAGRAM * DATAGRAMS
+        ));
+        if got != wanted {
+            let seen = other.guest.ok("wc -c /tmp/got; grep ^Udp: /proc/net/snmp");
+            panic!("datagrams by UDP{version} were lost or spoiled: {seen}");
+        }
+    }
+
+    /// What of this kind was dropped, either way, for any of these reasons.
+    pub fn drops(&self, reasons: &[&str]) -> u64 {
+        reasons.iter().map(|reason| self.vmm.counted(&["_drops", &format!("reason=\"{reason}\"")])).sum()
+    }
+
+    /// That the guest's kernel has nothing to say about the NIC or itself.
+    pub fn assert_no_complaint(&mut self) {
+        let complaints =
+            self.guest.ok("dmesg | grep -E 'WATCHDOG|timed out|BUG|WARNING: CPU|blocked for more|stall' || true");
+        assert_eq!(complaints, "");
+    }
+}
