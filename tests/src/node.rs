@@ -92,8 +92,8 @@ impl Node {
         let wanted = self.guest.ok("cat /tmp/sum");
         let tcp = format!("socat -b65536 -t170 - TCP{echo},retry=50,interval=0.1 </tmp/data | sha256sum");
         assert_eq!(self.guest.ok(&tcp), wanted, "by TCP{version}");
-        self.sends_datagrams_to(other, v6);
-        other.sends_datagrams_to(self, v6);
+        self.sends_datagrams_to(other, false);
+        other.sends_datagrams_to(self, false);
     }
 
     /// Sends its datagrams to `other`, which all arrive as they were.

@@ -7,15 +7,17 @@
 // Submitting to a backend vows that guest memory stays: the snapshots held here are why it does.
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
+mod active;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::active::Active;
 use super::backend::{BlockBackend, Completion, Event, Operation, Request, Signal};
 use super::metrics::{QueueMetrics, name};
 use super::moderation::Level;
@@ -85,27 +87,6 @@ struct Slot {
     ranges: Vec<Range>,
     /// Which map of guest memory its buffers belong to.
     map: u32,
-}
-
-struct Active {
-    index: u16,
-    ring: Ring,
-    interrupt: QueueInterrupt,
-    memory: GuestMemory,
-    /// The map that new requests use, with its number.
-    map: (u32, Arc<GuestMemoryMmap>),
-    /// Former maps that requests in flight still use.
-    retired: Vec<(u32, Arc<GuestMemoryMmap>)>,
-    signals: Arc<dyn TransportSignals>,
-    flushes: bool,
-    broken: bool,
-    stopping: bool,
-    /// Heads to take before those of the ring.
-    again: VecDeque<u16>,
-    /// Whether the ring has to wait until those that are tried again have ended.
-    retrying: bool,
-    /// Requests that failed and are kept, with their sequence. While there are any, no more are taken.
-    held: Vec<(u64, u16)>,
 }
 
 /// What a worker does next.
@@ -308,29 +289,10 @@ impl Worker {
     }
 
     fn start(&mut self, start: Start) -> std::io::Result<()> {
-        let Start { index, ring, kick, interrupt, memory, signals, flushes, again } = start;
+        let (active, kick) = Active::new(start);
         self.metrics.held.set(0);
         self.pace = Pace::begin();
         self.backend.watch(Signal::Kick, Some(kick))?;
-        let map = (0, memory.memory().into_inner());
-        let (retired, broken, stopping) = (Vec::new(), false, false);
-        let retrying = !again.is_empty();
-        let (again, held) = (again.into(), Vec::new());
-        let active = Active {
-            index,
-            ring,
-            interrupt,
-            memory,
-            map,
-            retired,
-            signals,
-            flushes,
-            broken,
-            stopping,
-            again,
-            retrying,
-            held,
-        };
         self.active = Some(Box::new(active));
         Ok(())
     }
@@ -560,35 +522,6 @@ impl Worker {
                 self.disk.queue_stopped();
             }
         }
-    }
-}
-
-impl Active {
-    /// The next request: first those that are tried again.
-    fn next_head(&mut self, memory: &GuestMemoryMmap) -> Result<Option<u16>, ChainError> {
-        match self.again.pop_front() {
-            Some(head) => Ok(Some(head)),
-            None => Ok(self.ring.next_head(memory)?),
-        }
-    }
-
-    fn give_back(mut self) -> Stopped {
-        self.held.sort_unstable();
-        let held = self.held.iter().map(|(_, head)| *head).chain(self.again).collect();
-        Stopped { queue: StoppedQueue { index: self.index, state: self.ring.state() }, held }
-    }
-
-    /// Takes the present map of guest memory for new requests, and lets go of maps that no request in flight uses.
-    fn refresh_map(&mut self, slots: &[Slot]) {
-        let present = self.memory.memory();
-        if std::ptr::eq(&raw const *present, Arc::as_ptr(&self.map.1)) && self.retired.is_empty() {
-            return;
-        }
-        if !std::ptr::eq(&raw const *present, Arc::as_ptr(&self.map.1)) {
-            let next = (self.map.0.wrapping_add(1), present.into_inner());
-            self.retired.push(std::mem::replace(&mut self.map, next));
-        }
-        self.retired.retain(|(number, _)| slots.iter().any(|slot| slot.busy && slot.map == *number));
     }
 }
 
