@@ -47,11 +47,13 @@ impl Node {
     fn prepare(&mut self) {
         self.guest.wait_ready();
         self.plug_in();
-        // Data that no other guest has, and buffers that take all datagrams at once.
+        // Data that no other guest has, and buffers that take all datagrams at once. Over TCP all is sent back only when all is
+        // there: socat on the other end cannot receive while it waits to send.
         self.guest.ok(&format!(
             "echo 8000000 >/proc/sys/net/core/rmem_default; \
              head -c {} /dev/urandom >/tmp/data; sha256sum </tmp/data >/tmp/sum; head -c {} /tmp/data >/tmp/datagrams; \
-             socat -b4096 TCP6-LISTEN:{ECHO},reuseaddr,fork,backlog=64 PIPE >/dev/null 2>/run/echo-tcp &",
+             socat -t170 TCP6-LISTEN:{ECHO},reuseaddr,fork,backlog=64 \
+             SYSTEM:'f=/tmp/echo.$$; cat >$f; cat $f; rm $f' >/dev/null 2>/run/echo &",
             Self::DATA,
             DATAGRAM * DATAGRAMS,
         ));
@@ -84,37 +86,28 @@ impl Node {
         self.guest.run(&format!("ping -c 1 -W 5 {to}")).0 == 0
     }
 
-    /// Sends its data to `other` over TCP, which sends it back, and both send each other their datagrams, by IPv6 or IPv4; all of it
-    /// arrives as it was.
+    /// Sends its data to `other` over TCP and its datagrams over UDP, by IPv6 or IPv4; `other` sends both back, and they are as they
+    /// were.
     pub fn exchanges_with(&mut self, other: &mut Self, v6: bool) {
         let (version, to) = if v6 { (6, format!("[{}]", other.address6())) } else { (4, other.address().to_string()) };
         let echo = format!("{version}:{to}:{ECHO}");
         let wanted = self.guest.ok("cat /tmp/sum");
         let tcp = format!("socat -b65536 -t170 - TCP{echo},retry=50,interval=0.1 </tmp/data | sha256sum");
         assert_eq!(self.guest.ok(&tcp), wanted, "by TCP{version}");
-        self.sends_datagrams_to(other, false);
-        other.sends_datagrams_to(self, false);
-    }
-
-    /// Sends its datagrams to `other`, which all arrive as they were.
-    fn sends_datagrams_to(&mut self, other: &mut Self, v6: bool) {
-        let (version, to) = if v6 { (6, format!("[{}]", other.address6())) } else { (4, other.address().to_string()) };
         // The switch may let datagrams overtake others while it learns the way.
-        let sum = format!("xxd -p -c{DATAGRAM} | sort | sha256sum");
+        let sum = |name: &str| format!("xxd -p -c{DATAGRAM} /tmp/{name} | sort | sha256sum");
+        let wanted = self.guest.ok(&sum("datagrams"));
+        // For one peer only: one that forks has two sockets for a moment.
         other.guest.ok(&format!(
-            "socat -u -b{DATAGRAM} UDP6-RECV:{ECHO},reuseaddr CREATE:/tmp/got >/dev/null 2>&1 & echo $! >/run/receiver; \
+            "socat -b{DATAGRAM} UDP6-LISTEN:{ECHO},reuseaddr,null-eof,shut-null PIPE >/dev/null 2>&1 & \
              until netstat -lun | grep -q ':{ECHO} '; do usleep 10000; done"
         ));
-        let wanted = self.guest.ok(&format!(
-            "socat -u -b{DATAGRAM} FILE:/tmp/datagrams UDP{version}:{to}:{ECHO} && {sum} </tmp/datagrams"
-        ));
-        let got = other.guest.ok(&format!(
-            "for i in $(seq 200); do [ $(wc -c </tmp/got) -ge {} ] && break; usleep 50000; done; \
-             kill $(cat /run/receiver); {sum} </tmp/got",
-            DATAGRAM * DATAGRAMS
-        ));
-        if got != wanted {
-            let seen = other.guest.ok("wc -c /tmp/got; grep ^Udp: /proc/net/snmp");
+        let udp = format!(
+            "socat -b{DATAGRAM} -t20 - UDP{echo},null-eof,shut-null </tmp/datagrams >/tmp/back; {}",
+            sum("back")
+        );
+        if self.guest.ok(&udp) != wanted {
+            let seen = self.guest.ok("wc -c /tmp/back; grep ^Udp: /proc/net/snmp");
             panic!("datagrams by UDP{version} were lost or spoiled: {seen}");
         }
     }

@@ -95,9 +95,10 @@ fn nothing_stalls_spoils_or_leaks_under_mixed_load_with_flaps_offload_changes_pa
     let begin = Instant::now();
     let mut happened = 0;
     while begin.elapsed() < time {
-        for _ in 0..=random.below(4) {
+        for _ in 0..4 + random.below(8) {
             let place = random.below(2);
             println!("{:?}: guest {place}: {}", begin.elapsed(), disturb(&mut nodes[place], &mut random));
+            thread::sleep(Duration::from_millis(random.draw() % 500));
             happened += 1;
         }
         // No stall: both loads come through a lap that began after all this.
