@@ -83,7 +83,7 @@ fn nothing_stalls_spoils_or_leaks_under_mixed_load_with_flaps_offload_changes_pa
     let addresses = [nodes[0].address(), nodes[1].address()];
     let mut loads = Vec::new();
     for (place, other) in [(0, 1), (1, 0)] {
-        loads.push(Laps::echo(&mut nodes[place].guest, addresses[other], 2));
+        loads.push(Laps::echo(&mut nodes[place].guest, addresses[other], 1));
     }
     {
         let [one, two] = &mut nodes;
