@@ -86,30 +86,32 @@ impl Node {
         self.guest.run(&format!("ping -c 1 -W 5 {to}")).0 == 0
     }
 
-    /// Sends its data to `other` over TCP and its datagrams over UDP, by IPv6 or IPv4; `other` sends both back, and they are as they
-    /// were.
+    /// Sends its data to `other` over TCP and its datagrams over UDP, by IPv6 or IPv4; `other` sends both back, and what comes
+    /// is as it was.
     pub fn exchanges_with(&mut self, other: &mut Self, v6: bool) {
         let (version, to) = if v6 { (6, format!("[{}]", other.address6())) } else { (4, other.address().to_string()) };
         let echo = format!("{version}:{to}:{ECHO}");
         let wanted = self.guest.ok("cat /tmp/sum");
         let tcp = format!("socat -b65536 -t170 - TCP{echo},retry=50,interval=0.1 </tmp/data | sha256sum");
         assert_eq!(self.guest.ok(&tcp), wanted, "by TCP{version}");
-        // The switch may let datagrams overtake others while it learns the way.
-        let sum = |name: &str| format!("xxd -p -c{DATAGRAM} /tmp/{name} | sort | sha256sum");
-        let wanted = self.guest.ok(&sum("datagrams"));
         // For one peer only: one that forks has two sockets for a moment.
         other.guest.ok(&format!(
             "socat -b{DATAGRAM} UDP6-LISTEN:{ECHO},reuseaddr,null-eof,shut-null PIPE >/dev/null 2>&1 & \
              until netstat -lun | grep -q ':{ECHO} '; do usleep 10000; done"
         ));
-        let udp = format!(
-            "socat -b{DATAGRAM} -t20 - UDP{echo},null-eof,shut-null </tmp/datagrams >/tmp/back; {}",
-            sum("back")
-        );
-        if self.guest.ok(&udp) != wanted {
-            let seen = self.guest.ok("wc -c /tmp/back; grep ^Udp: /proc/net/snmp");
-            panic!("datagrams by UDP{version} were lost or spoiled: {seen}");
-        }
+        self.guest.ok(&format!("socat -b{DATAGRAM} -t20 - UDP{echo},null-eof,shut-null </tmp/datagrams >/tmp/back"));
+        // The switch may let datagrams overtake others while it learns the way, and drop some; nobody may change one.
+        let each = |name: &str| format!("xxd -p -c{DATAGRAM} /tmp/{name} | sort -u >/tmp/{name}.each");
+        self.guest.ok(&format!("{}; {}", each("datagrams"), each("back")));
+        let spoiled = self
+            .guest
+            .ok("sort /tmp/datagrams.each /tmp/datagrams.each /tmp/back.each | uniq -u | wc -l")
+            .trim()
+            .to_owned();
+        let back: u32 = self.guest.ok("wc -l </tmp/back.each").trim().parse().unwrap();
+        let seen = self.guest.ok("grep ^Udp: /proc/net/snmp");
+        assert_eq!(spoiled, "0", "spoiled datagrams by UDP{version}, {back} came back: {seen}");
+        assert!(back >= DATAGRAMS / 2, "{back} of {DATAGRAMS} datagrams came back by UDP{version}: {seen}");
     }
 
     /// What of this kind was dropped, either way, for any of these reasons.
