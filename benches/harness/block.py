@@ -1,6 +1,5 @@
 """fio in guests on disks of the host. All machines are started, and measured one after the other, in turn; the others are stopped meanwhile."""
 
-import argparse
 import base64
 import gzip
 import json
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 import disks
 import machines
 import report
+from report import show
 import staging
 from agent import Agent
+from options import parser as common_parser
 from process import Running, Silent
 from usage import Usage, kvm_folders
 
@@ -82,12 +83,7 @@ class Sample:
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="benches/block")
-    parser.add_argument("--rackvisor", required=True)
-    parser.add_argument("--guest", required=True, help="folder with vmlinux and initrd-fio.img")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3)
-    parser.add_argument("--rows", default="", help="regular expression; such rows only")
+    parser = common_parser("block", "initrd-fio.img", float)
     parser.add_argument("--disks", help="more block devices, one for each VMM, separated by commas; their content is lost")
     return parser.parse_args()
 
@@ -189,10 +185,6 @@ def measure_all(kinds, rows, options, files):
 def median(seen, name):
     values = [getattr(sample, name) for sample in seen or [] if getattr(sample, name) is not None]
     return statistics.median(values) if values else None
-
-
-def show(value, digits=0):
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def ratio(ours, theirs):

@@ -1,7 +1,6 @@
 """Traffic between guests and their host over taps. All machines are started, and measured one after the other, in turn; the
 others are stopped meanwhile."""
 
-import argparse
 import json
 import os
 import re
@@ -13,8 +12,10 @@ from dataclasses import dataclass
 
 import machines
 import report
+from report import show
 import staging
 from agent import Agent
+from options import parser as common_parser
 from process import Running, Silent
 from taps import Tap
 from usage import SystemCalls, Usage, kvm_folders, vhost_threads
@@ -136,12 +137,7 @@ class Sample:
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="benches/net")
-    parser.add_argument("--rackvisor", required=True)
-    parser.add_argument("--guest", required=True, help="folder with vmlinux and initrd-net.img")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=3)
-    parser.add_argument("--rows", default="", help="regular expression; such rows only")
+    parser = common_parser("net", "initrd-net.img", int)
     parser.add_argument("--machines", default="", help="regular expression; such machines only; the promises need all")
     parser.add_argument("--pairs", type=int, default=1, help="pairs of queues of each NIC")
     return parser.parse_args()
@@ -278,10 +274,6 @@ def measure_all(kinds, loads, options, files):
         for machine in ready:
             machine.close()
     return results
-
-
-def show(value, digits=0):
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def print_rows(kinds, loads, results):

@@ -39,3 +39,8 @@ def ms(seconds):
 def spread(times):
     """Median, least and most, as text in milliseconds."""
     return [ms(statistics.median(times)), ms(min(times)), ms(max(times))]
+
+
+def show(value, digits=0):
+    """A number, or that there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
