@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import disks
 import machines
 import report
-from report import show
 import staging
 from agent import Agent
 from options import parser as common_parser
 from process import Running, Silent
+from report import show
 from usage import Usage, kvm_folders
 
 # What must hold of the operations per second, compared with QEMU.

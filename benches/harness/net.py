@@ -7,16 +7,17 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
 import machines
 import report
-from report import show
 import staging
 from agent import Agent
 from options import parser as common_parser
 from process import Running, Silent
+from report import show
 from taps import Tap
 from usage import SystemCalls, Usage, kvm_folders, vhost_threads
 
@@ -54,7 +55,9 @@ class Traffic:
 
     def command(self, tap, seconds):
         reverse = ["-R"] if self.to_host else []
-        return ["iperf3", "-c", tap.guest, "-J", "-O", str(LEAD), "-t", str(seconds), *self.words, *reverse]
+        # of datagrams that came in the time that is left out, iperf3 counts those that were lost
+        time_is = ["-O", str(LEAD), "-t", str(seconds)] if self.is_tcp else ["-t", str(LEAD + seconds)]
+        return ["iperf3", "-c", tap.guest, "-J", *time_is, *self.words, *reverse]
 
     def result(self, said):
         """What came through, and the share of datagrams that did not."""
@@ -149,6 +152,7 @@ class Machine:
     def __init__(self, kind, number, pairs, files):
         self.name = kind.name
         self.tap = Tap(number, pairs)
+        self.said = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.running = None
         try:
             folders, threads = kvm_folders(), vhost_threads()
@@ -176,6 +180,7 @@ class Machine:
     def close(self):
         if self.running:
             self.running.__exit__()
+        self.said.close()
         self.tap.remove()
 
     def usage(self):
@@ -183,19 +188,23 @@ class Machine:
 
     def start(self, load, seconds):
         command = load.command(self.tap, seconds)
-        started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # not into a pipe, which nobody reads meanwhile: ping would stop when it is full
+        self.said.seek(0)
+        self.said.truncate()
+        started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.said, stderr=subprocess.STDOUT, text=True)
         time.sleep(LEAD + SETTLE)
         return started
 
-    @staticmethod
-    def finish(started, seconds):
+    def finish(self, started, seconds):
         """Waits for the end of what was started; gives what it said."""
         try:
-            said, _ = started.communicate(timeout=seconds + TIMEOUT)
+            started.wait(timeout=seconds + TIMEOUT)
         except subprocess.TimeoutExpired as late:
             started.kill()
             started.wait()
             raise Silent(f"{' '.join(started.args)} did not end") from late
+        self.said.seek(0)
+        said = self.said.read()
         if started.returncode:
             raise Silent(f"{' '.join(started.args)} ended with status {started.returncode}\n{said[-1000:]}")
         return said
@@ -300,6 +309,9 @@ def judge(kinds, loads, results):
             print(f"{promise}: not judged: {' and '.join(absent)} did not take part")
             continue
         rows = [load for load in loads if load.is_tcp or not promise.tcp_only]
+        if not rows:
+            print(f"{promise}: not judged: no such row was measured")
+            continue
         ratios = {load: results.ratio(load, promise.ours, promise.theirs) for load in rows}
         missed = [load for load, ratio in ratios.items() if ratio is None or ratio < promise.limit]
         for load in missed:
