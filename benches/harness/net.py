@@ -1,5 +1,6 @@
 """Traffic between guests and their host over taps. All machines are started, and measured one after the other, in turn; the
-others are stopped meanwhile."""
+others are stopped meanwhile. In each guest the first processor serves interrupts and the other one runs iperf3: where the guest's
+scheduler would put them is chance, and makes twice the difference that machines do."""
 
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import machines
 import report
@@ -32,8 +33,15 @@ LEAD = 1
 SETTLE = 0.5
 # Seconds over which system calls are counted.
 COUNTING = 1
-# Payload of the smallest frame that Ethernet has, 64 bytes with the checksum.
+# Payload of the largest and the smallest frame that Ethernet has, 1518 and 64 bytes with the checksum.
+LARGEST = 1472
 SMALLEST = 18
+# The search for what a machine takes without loss (RFC 2544 §26.1, with the loss that two schedulers make at once): datagrams a
+# second to begin with, steps after the first that was too much, the share that may be lost, in percent, and seconds of a step.
+FIRST = 4000
+STEPS = 3
+LOSS = 1
+STEP = 1
 ROUND_TRIP = re.compile(r"time=([0-9.]+) ms")
 
 
@@ -44,34 +52,69 @@ class Traffic:
     name: str
     words: tuple
     to_host: bool
-    # bytes of a datagram, where what counts are datagrams rather than bits
-    datagram: int = 0
 
     unit = "Mbit/s"
-    is_tcp = property(lambda self: "-u" not in self.words)
+    is_tcp = True
 
     def __str__(self):
         return f"{self.name} {'guest→host' if self.to_host else 'host→guest'}"
 
     def command(self, tap, seconds):
         reverse = ["-R"] if self.to_host else []
-        # of datagrams that came in the time that is left out, iperf3 counts those that were lost
-        time_is = ["-O", str(LEAD), "-t", str(seconds)] if self.is_tcp else ["-t", str(LEAD + seconds)]
-        return ["iperf3", "-c", tap.guest, "-J", *time_is, *self.words, *reverse]
+        return ["iperf3", "-c", tap.guest, "-J", *self.time(seconds), *self.words, *reverse]
+
+    def time(self, seconds):
+        return ["-O", str(LEAD), "-t", str(seconds)]
+
+    def suited(self, loss):
+        """This load as it is to be measured."""
+        del loss
+        return self
 
     def result(self, said):
         """What came through, and the share of datagrams that did not."""
-        came = json.loads(said)["end"]["sum_received"]
-        if self.datagram:
-            return came["bits_per_second"] / 8 / self.datagram, came["lost_percent"]
-        return came["bits_per_second"] / 1e6, came.get("lost_percent")
+        return json.loads(said)["end"]["sum_received"]["bits_per_second"] / 1e6, None
 
 
 @dataclass(frozen=True)
-class Small(Traffic):
-    """Datagrams that are as small as can be."""
+class Datagrams(Traffic):
+    """UDP. A guest sends as fast as it goes, since it waits for its card; to a guest that cannot take more, more would only
+    keep it busy with what it throws away, so what counts is what it takes without loss."""
 
-    unit = "frames/s"
+    size: int = LARGEST
+    # datagrams a second; 0: as many as go
+    rate: int = 0
+
+    is_tcp = False
+
+    @property
+    def unit(self):
+        return "Mbit/s" if self.size == LARGEST else "frames/s"
+
+    def time(self, seconds):
+        # of datagrams that came in the time that is left out, iperf3 counts those that were lost
+        return ["-t", str(LEAD + seconds), "-u", "-l", str(self.size), "-b", str(self.rate * self.size * 8)]
+
+    def suited(self, loss):
+        """Looks for the greatest rate of which `loss` says that next to nothing is lost of it."""
+        if self.to_host:
+            return self
+        fits, too_much = 0, None
+        steps = STEPS
+        rate = FIRST
+        while steps:
+            if loss(replace(self, rate=rate)) <= LOSS:
+                fits = rate
+            else:
+                too_much = rate
+            steps -= too_much is not None
+            rate = fits * 2 if too_much is None else (fits + too_much) // 2
+        return replace(self, rate=max(fits, 1))
+
+    def result(self, said):
+        came = json.loads(said)["end"]["sum_received"]
+        bits = came["bits_per_second"]
+        return bits / 1e6 if self.size == LARGEST else bits / 8 / self.size, came["lost_percent"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +130,10 @@ class Ping:
     def command(self, tap, seconds):
         return ["ping", "-n", "-i", "0", "-w", str(LEAD + seconds), tap.guest]
 
+    def suited(self, loss):
+        del loss
+        return self
+
     def result(self, said):
         times = [float(time) for time in ROUND_TRIP.findall(said)]
         if not times:
@@ -94,16 +141,15 @@ class Ping:
         return statistics.median(times) * 1e3, None
 
 
-UDP = ("-u", "-b", "0")
 LOADS = (
     Traffic("TCP 1 stream", ("-P", "1"), True),
     Traffic("TCP 1 stream", ("-P", "1"), False),
     Traffic("TCP 4 streams", ("-P", "4"), True),
     Traffic("TCP 4 streams", ("-P", "4"), False),
-    Traffic("UDP", UDP, True),
-    Traffic("UDP", UDP, False),
-    Small("UDP 64 bytes", (*UDP, "-l", str(SMALLEST)), True, SMALLEST),
-    Small("UDP 64 bytes", (*UDP, "-l", str(SMALLEST)), False, SMALLEST),
+    Datagrams("UDP", (), True),
+    Datagrams("UDP", (), False),
+    Datagrams("UDP 64 bytes", (), True, SMALLEST),
+    Datagrams("UDP 64 bytes", (), False, SMALLEST),
     Ping(),
 )
 
@@ -169,9 +215,13 @@ class Machine:
             )
             self.running = Running(kind, guest)
             agent = Agent(self.running, TIMEOUT)
-            agent.run("iperf3 -s -D >/dev/null 2>&1")
+            # some interrupts cannot be moved
+            agent.run("for i in /proc/irq/*/smp_affinity; do echo 1 >$i; done 2>/dev/null; iperf3 -s -D -A 1 >/dev/null 2>&1")
             self.folder = next(iter(kvm_folders() - folders), None)
             self.helpers = vhost_threads() - threads
+            for thread in self.helpers:
+                # on the processors that everybody has: the laboratory has one that nobody else may use
+                os.sched_setaffinity(thread, os.sched_getaffinity(0))
             self.running.halt()
         except Silent:
             self.close()
@@ -186,13 +236,13 @@ class Machine:
     def usage(self):
         return Usage(self.running.process.pid, self.folder, self.helpers), *self.tap.passed()
 
-    def start(self, load, seconds):
+    def start(self, load, seconds, wait=LEAD + SETTLE):
         command = load.command(self.tap, seconds)
         # not into a pipe, which nobody reads meanwhile: ping would stop when it is full
         self.said.seek(0)
         self.said.truncate()
         started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.said, stderr=subprocess.STDOUT, text=True)
-        time.sleep(LEAD + SETTLE)
+        time.sleep(wait)
         return started
 
     def finish(self, started, seconds):
@@ -212,7 +262,12 @@ class Machine:
     def measure(self, load, seconds):
         """Runs a load once. iperf3 and ping tell what came through, the host what it cost in the middle of the run."""
         with self.running.going():
-            return self.load(load, seconds)
+            load = load.suited(self.loss)
+            return load, self.load(load, seconds)
+
+    def loss(self, load):
+        """Percent of the datagrams of a load that are lost."""
+        return load.result(self.finish(self.start(load, STEP, wait=0), STEP))[1]
 
     def load(self, load, seconds):
         started = self.start(load, seconds)
@@ -242,10 +297,13 @@ class Results:
 
     def __init__(self):
         self.samples = {}
+        # as each was measured last
+        self.suited = {}
         self.calls = {}
 
-    def add(self, load, machine, sample):
+    def add(self, load, machine, suited, sample):
         self.samples.setdefault((load, machine.name), []).append(sample)
+        self.suited[load, machine.name] = suited
 
     def median(self, load, name, what):
         seen = [getattr(sample, what) for sample in self.samples.get((load, name), [])]
@@ -270,12 +328,12 @@ def measure_all(kinds, loads, options, files):
         for number in range(options.rounds):
             for load in loads:
                 for machine in ready[number % len(ready) :] + ready[: number % len(ready)]:
-                    sample = machine.measure(load, options.seconds)
-                    results.add(load, machine, sample)
+                    suited, sample = machine.measure(load, options.seconds)
+                    results.add(load, machine, suited, sample)
                     print(f"  round {number + 1}: {load}: {machine.name} {sample.result:.0f} {load.unit}", file=sys.stderr, flush=True)
         for load in loads:
             for machine in ready:
-                results.calls[load, machine.name] = machine.system_calls(load)
+                results.calls[load, machine.name] = machine.system_calls(results.suited[load, machine.name])
     except Silent as problem:
         # what was measured before counts
         print(f"ended early: {problem}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ pub mod interrupt;
 pub mod limiter;
 pub mod metrics;
 pub mod net;
+mod pace;
 pub mod pci;
 mod scheduling;
 mod syscall;

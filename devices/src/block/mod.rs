@@ -15,8 +15,6 @@ mod error;
 mod file;
 mod identity;
 mod metrics;
-mod moderation;
-mod poll;
 mod request;
 mod reservation;
 mod shared;

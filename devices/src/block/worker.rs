@@ -1,6 +1,6 @@
 //! The thread of one queue: takes requests off the ring, hands them to the backend, and answers.
 //!
-//! It waits in one place, [`BlockBackend::wait`], after a short look for more work where that pays ([`super::poll`]). Each
+//! It waits in one place, [`BlockBackend::wait`], after a short look for more work where that pays ([`crate::pace`]). Each
 //! turn takes what completed, publishes it with one index and at most one interrupt, then takes what the driver made
 //! available; kicks are only asked for before the thread sleeps.
 
@@ -20,13 +20,16 @@ use vmm_sys_util::eventfd::EventFd;
 use self::active::Active;
 use super::backend::{BlockBackend, Completion, Event, Operation, Request, Signal};
 use super::metrics::{QueueMetrics, name};
-use super::moderation::Level;
-use super::poll::{self, Pace};
 use super::request::{Asked, ChainError, Parser, Range, STATUS_OK, status_of};
 use super::shared::Disk;
+use crate::pace::moderation::Level;
+use crate::pace::{self, Pace, Taken};
 use crate::virtio::ring::{Ring, RingError};
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{GuestMemory, interrupt::QueueInterrupt};
+
+/// The most that requests wait for each other.
+const GATHER: Duration = Duration::from_millis(4);
 
 /// What the owner of a worker asks of it.
 pub(super) enum Command {
@@ -151,7 +154,7 @@ impl Worker {
             free: (0..depth).rev().collect(),
             sequence: 0,
             sync_after: None,
-            pace: Pace::begin(),
+            pace: Pace::begin(GATHER),
             leaving: false,
             disk,
         };
@@ -183,7 +186,10 @@ impl Worker {
             };
             let came = u32::try_from(self.sequence - taken).unwrap_or(u32::MAX);
             self.metrics.moderated.add(if self.pace.moderation.is_on() { came.into() } else { 0 });
-            self.pace.turned(now, slept, done, came);
+            if slept {
+                self.pace.woke(now, done || came > 0);
+            }
+            self.pace.took(now, Taken { count: came, work: came.into() });
             if next == Next::Settle {
                 next = self.gather(now).map_or_else(|| self.settle(), |rest| Ok(Next::After(rest)))?;
             }
@@ -211,7 +217,7 @@ impl Worker {
         if !window.is_zero() {
             self.backend.start()?;
             let (backend, ring) = (&mut self.backend, &active.ring);
-            if poll::look(window, || backend.is_ready() || ring.is_available(memory)) {
+            if pace::look(window, || backend.is_ready() || ring.is_available(memory)) {
                 self.metrics.polled.increment();
                 self.active = Some(active);
                 return Ok(Next::Again);
@@ -291,7 +297,7 @@ impl Worker {
     fn start(&mut self, start: Start) -> std::io::Result<()> {
         let (active, kick) = Active::new(start);
         self.metrics.held.set(0);
-        self.pace = Pace::begin();
+        self.pace = Pace::begin(GATHER);
         self.backend.watch(Signal::Kick, Some(kick))?;
         self.active = Some(Box::new(active));
         Ok(())

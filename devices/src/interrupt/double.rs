@@ -19,6 +19,12 @@ impl MsiSource for TestMsi {
     fn event(&self) -> &EventFd {
         &self.0
     }
+
+    fn connect(&self, _event: &EventFd) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn disconnect(&self, _event: &EventFd) {}
 }
 
 /// Makes sources, and sends the eventfd of each to the test.

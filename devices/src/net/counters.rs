@@ -23,6 +23,10 @@ pub(super) struct PairCounters {
     /// A direction had to wait for its limit.
     pub(super) rx_throttled: Counter,
     pub(super) tx_throttled: Counter,
+    /// The worker found frames of the driver without having slept.
+    pub(super) tx_polled: Counter,
+    /// Frames, of both directions, that the worker was less eager to take, so that more come at once.
+    pub(super) moderated: Counter,
     pub(super) rx_drops: RxDrops,
     pub(super) tx_drops: TxDrops,
     /// Whether vhost-net has the rings.
@@ -65,12 +69,40 @@ pub(super) struct TxDrops {
     pub(super) tap_error: Counter,
 }
 
+/// What has passed through a pair.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Passed {
+    pub(super) sent: u64,
+    pub(super) received: u64,
+    pub(super) bytes: u64,
+}
+
+impl Passed {
+    /// What has come since `before`.
+    pub(super) fn since(self, before: Self) -> Self {
+        Self {
+            sent: self.sent.wrapping_sub(before.sent),
+            received: self.received.wrapping_sub(before.received),
+            bytes: self.bytes.wrapping_sub(before.bytes),
+        }
+    }
+}
+
 impl PairCounters {
+    /// Frames and bytes so far.
+    pub(super) fn passed(&self) -> Passed {
+        Passed {
+            sent: self.tx_packets.value(),
+            received: self.rx_packets.value(),
+            bytes: self.tx_bytes.value().wrapping_add(self.rx_bytes.value()),
+        }
+    }
+
     /// Hands every sample to `visit`, labelled with the NIC and the number of the pair. `vhost`: without frames, which the
     /// kernel counts then, but with what tells how vhost-net does.
     pub(super) fn collect(&self, nic: &str, queue: usize, vhost: bool, visit: &mut dyn FnMut(Sample)) {
         let labels = || vec![("nic", nic.to_owned()), ("queue", queue.to_string())];
-        let plain: [(&'static str, &'static str, &Counter); 12] = [
+        let plain: [(&'static str, &'static str, &Counter); 14] = [
             ("net_rx_packets", "Frames that the guest received.", &self.rx_packets),
             ("net_rx_bytes", "Bytes of the frames that the guest received.", &self.rx_bytes),
             ("net_tx_packets", "Frames that the guest sent.", &self.tx_packets),
@@ -83,6 +115,12 @@ impl PairCounters {
             ("net_tx_tap_full", "Times that the tap took no more frames.", &self.tx_tap_full),
             ("net_rx_throttled", "Times that frames to the guest waited for its limit.", &self.rx_throttled),
             ("net_tx_throttled", "Times that frames of the guest waited for its limit.", &self.tx_throttled),
+            ("net_tx_polls", "Times that the worker found frames of the guest without having slept.", &self.tx_polled),
+            (
+                "net_moderated",
+                "Frames that the worker was less eager to take, so that more come at once.",
+                &self.moderated,
+            ),
         ];
         for (name, help, counter) in plain.into_iter().skip(if vhost { FRAMES } else { 0 }) {
             visit(Sample { name, help, labels: labels(), value: Value::Counter(counter.value()) });

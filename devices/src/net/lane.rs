@@ -16,7 +16,7 @@ pub(super) struct Lane {
     pub(super) index: u16,
     pub(super) ring: Ring,
     pub(super) kick: EventFd,
-    interrupt: QueueInterrupt,
+    pub(super) interrupt: QueueInterrupt,
     /// Frames since the driver was last told of any.
     frames: u32,
     /// When the first of them was shown.

@@ -21,6 +21,8 @@ use super::tx::Tx;
 use super::vhost::Vhost;
 use super::watches::{Token, Watches};
 use super::worker::Context;
+use crate::pace::Pace;
+use crate::pace::moderation::Moderation;
 use crate::virtio::StoppedQueue;
 use crate::virtio::ring::RingError;
 
@@ -146,10 +148,10 @@ impl Path {
         [rx.and_then(|rx| rx.throttled), tx.and_then(|tx| tx.throttled)].into_iter().flatten()
     }
 
-    /// When the first interrupt that is held back is due.
+    /// When the first interrupt that is held back is due, or frames of the driver have had their time to gather.
     pub(super) fn due(&self) -> Option<Instant> {
         let (rx, tx) = (self.rx.as_ref(), self.tx.as_ref());
-        let due = [rx.and_then(|rx| rx.lane.due), tx.and_then(|tx| tx.lane.due)];
+        let due = [rx.and_then(|rx| rx.lane.due), tx.and_then(|tx| tx.lane.due), tx.and_then(|tx| tx.gathering)];
         due.into_iter().flatten().min()
     }
 
@@ -170,10 +172,11 @@ impl Path {
         }
     }
 
-    /// Does some of what there is to do, in our own way, which is to send only where the pair is not in use: each direction says whether there is more to do at once.
-    pub(super) fn serve(&mut self, context: &Context<'_>) -> [Result<bool, RingError>; 2] {
+    /// Does some of what there is to do, in our own way, which is to send only where the pair is not in use: each direction
+    /// says whether there is more to do at once. [`Path::rest`] comes next.
+    pub(super) fn serve(&mut self, context: &Context<'_>, moderation: &mut Moderation) -> [Result<bool, RingError>; 2] {
         if !context.in_use {
-            return [self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context)), Ok(false)];
+            return [self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context, moderation)), Ok(false)];
         }
         // First of all, so that what is thrown away cannot be an answer to what the driver sends now.
         if self.purge_turns > 0
@@ -185,11 +188,16 @@ impl Path {
                 return [Ok(true), Ok(false)];
             }
         }
-        let sent = self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context));
+        let sent = self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context, moderation));
         let received = self.rx.as_mut().map_or(Ok(false), |rx| rx.service(context));
         let sorted = self.rx.as_ref().is_none_or(|rx| !rx.readable);
         self.sort_turns = if sorted { 0 } else { self.sort_turns.saturating_sub(1) };
         [sent, received]
+    }
+
+    /// After all was done: says whether there is more already.
+    pub(super) fn rest(&mut self, context: &Context<'_>, pace: &mut Pace) -> Result<bool, RingError> {
+        self.tx.as_mut().map_or(Ok(false), |tx| tx.rest(context, pace))
     }
 
     /// Whether the kernel may have the rings, as far as this pair is concerned.
@@ -236,7 +244,13 @@ impl Path {
         rx.and(self.tx.as_mut().map_or(Ok(()), |tx| tx.lane.ring.resync(memory)))
     }
 
-    /// Interrupts the driver where the kernel wants it.
+    /// Has the kernel's interrupts come to the worker alone.
+    pub(super) fn detach_calls(&self) {
+        let (rx, tx) = (self.rx.as_ref(), self.tx.as_ref());
+        [rx.map(|rx| &rx.lane), tx.map(|tx| &tx.lane)].into_iter().flatten().for_each(|lane| lane.interrupt.detach());
+    }
+
+    /// Interrupts the driver where the kernel wants it, and could not do so itself.
     pub(super) fn pass_calls_on(&self, vhost: &Vhost, counters: &PairCounters) {
         let rx = self.rx.as_ref().map(|rx| (&rx.lane, &counters.rx_interrupts));
         let tx = self.tx.as_ref().map(|tx| (&tx.lane, &counters.tx_interrupts));

@@ -11,6 +11,8 @@ use super::tap::HASH_HEADER_SIZE;
 use super::worker::Context;
 use super::{MAX_FRAME, MIN_FRAME};
 use crate::limiter::THROTTLE_SLICE;
+use crate::pace::moderation::{Level, Moderation};
+use crate::pace::{self, Pace};
 use crate::virtio::ring::{Chain, RingError};
 
 /// Chains and bytes per turn, so that receiving, commands and the driver's view of the ring are not kept waiting.
@@ -31,6 +33,10 @@ pub(super) struct Tx {
     start: Box<[u8; START]>,
     /// There may be chains in the ring.
     pub(super) pending: bool,
+    /// The ring was seen empty, and kicks are not asked for yet.
+    drained: bool,
+    /// Chains are given until then to gather.
+    pub(super) gathering: Option<Instant>,
     /// The driver has to wait for its limit until then.
     pub(super) throttled: Option<Instant>,
     /// The tap is full: nothing to do until it is writable.
@@ -54,6 +60,8 @@ impl Tx {
             segments: Segments::with_capacity(MAX_SEGMENTS + 1),
             start: Box::new([0; START]),
             pending: true,
+            drained: false,
+            gathering: None,
             throttled: None,
             blocked: false,
             broken: false,
@@ -65,21 +73,22 @@ impl Tx {
         self.broken
     }
 
-    /// Sends what the driver has queued, up to the limits of a turn; says whether there is more to do at once.
-    pub(super) fn service(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
+    /// Sends what the driver has queued, up to the limits of a turn; says whether there is more to do at once. Once the ring is
+    /// empty, [`Tx::rest`] comes next.
+    pub(super) fn service(&mut self, context: &Context<'_>, moderation: &mut Moderation) -> Result<bool, RingError> {
         self.throttled = None;
         if self.broken {
             return Ok(false);
         }
-        let result = self.turn(context);
+        let result = self.turn(context, moderation);
         let settled = context.settle(&mut self.lane, &context.counters.tx_interrupts, result.is_err());
         let result = result.and_then(|more| settled.map(|()| more));
         self.broken = result.is_err();
         result
     }
 
-    fn turn(&mut self, context: &Context<'_>) -> Result<bool, RingError> {
-        if !self.pending || self.blocked {
+    fn turn(&mut self, context: &Context<'_>, moderation: &mut Moderation) -> Result<bool, RingError> {
+        if !self.pending || self.blocked || self.gather(context, moderation)? {
             return Ok(false);
         }
         self.lane.ring.disable_kicks(context.memory)?;
@@ -92,11 +101,7 @@ impl Tx {
                 return Ok(false);
             }
             let Some(head) = self.lane.ring.next_head(context.memory)? else {
-                if self.lane.ring.enable_kicks(context.memory)? {
-                    self.lane.ring.disable_kicks(context.memory)?;
-                    continue;
-                }
-                self.pending = false;
+                self.drained = true;
                 return Ok(false);
             };
             match self.send(context, head)? {
@@ -123,6 +128,50 @@ impl Tx {
             self.lane.ring.put_used(context.memory, head, 0)?;
         }
         Ok(true)
+    }
+
+    /// Whether chains are still to gather; the driver kicks sooner if they have.
+    fn gather(&mut self, context: &Context<'_>, moderation: &mut Moderation) -> Result<bool, RingError> {
+        self.gathering = None;
+        let Level { goal, .. } = moderation.level();
+        if goal == 1 {
+            return Ok(false);
+        }
+        let waiting = self.lane.ring.waiting(context.memory)?;
+        let Some(rest) = moderation.rest(waiting, 0, context.now) else { return Ok(false) };
+        if self.lane.ring.kick_after(context.memory, goal)? {
+            return Ok(false);
+        }
+        self.gathering = Some(context.now + rest);
+        Ok(true)
+    }
+
+    /// After all was sent: has more frames gather, or looks for some as long as that pays, then asks for kicks; says whether
+    /// there is more to do at once.
+    pub(super) fn rest(&mut self, context: &Context<'_>, pace: &mut Pace) -> Result<bool, RingError> {
+        if self.broken || !std::mem::take(&mut self.drained) {
+            return Ok(false);
+        }
+        let result = self.ask_for_more(context, pace);
+        self.broken = result.is_err();
+        result
+    }
+
+    fn ask_for_more(&mut self, context: &Context<'_>, pace: &mut Pace) -> Result<bool, RingError> {
+        if self.gather(context, &mut pace.moderation)? {
+            return Ok(false);
+        }
+        let window = pace.polling.window();
+        pace.settled = Instant::now();
+        if !window.is_zero() {
+            if pace::look(window, || self.lane.ring.is_available(context.memory)) {
+                context.counters.tx_polled.increment();
+                return Ok(true);
+            }
+            pace.polling.waited(window, false);
+        }
+        self.pending = self.lane.ring.enable_kicks(context.memory)?;
+        Ok(self.pending)
     }
 
     fn send(&mut self, context: &Context<'_>, head: u16) -> Result<Sent, RingError> {

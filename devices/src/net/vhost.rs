@@ -1,7 +1,7 @@
 //! The kernel's data path: vhost-net, which moves frames between the rings of a pair and its queue of the tap by itself.
 //!
-//! Kicks reach the kernel directly. Interrupts come by an eventfd that the pair's worker passes on, since a vector may be masked,
-//! and the driver may choose another one at any time.
+//! Kicks reach the kernel directly, and interrupts the driver, as long as their vector is unmasked. Else they come by the same
+//! eventfd to the pair's worker, which passes them on to the vector.
 #![allow(unsafe_code)] // The kernel gets addresses of guest RAM, which has to outlive their use.
 
 mod sys;
@@ -33,7 +33,7 @@ pub(super) struct Vhost {
     /// What the kernel has the addresses of. Dropped after the device, which ends what the kernel does.
     memory: Option<Arc<GuestMemoryMmap>>,
     /// The kernel wants the driver interrupted, for each ring.
-    pub(super) calls: [EventFd; 2],
+    pub(super) calls: [Arc<EventFd>; 2],
     /// A ring is broken.
     pub(super) error: EventFd,
 }
@@ -50,7 +50,7 @@ impl Vhost {
         if sys::features(&device)? & FEATURES != FEATURES {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        Ok(Self { device, memory: None, calls: [event()?, event()?], error: event()? })
+        Ok(Self { device, memory: None, calls: [Arc::new(event()?), Arc::new(event()?)], error: event()? })
     }
 
     /// Whether the kernel serves a driver with these features as our own path does: without MRG_RXBUF it leaves the number of
@@ -87,9 +87,13 @@ impl Vhost {
             // Chains that wait were kicked long ago.
             lanes.into_iter().try_for_each(|lane| lane.kick.write(1))
         });
-        started.inspect_err(|_| {
-            let _ = self.stop();
-        })
+        match &started {
+            Ok(()) => lanes.into_iter().zip(&self.calls).for_each(|(lane, call)| lane.interrupt.attach(call)),
+            Err(_) => {
+                let _ = self.stop();
+            }
+        }
+        started
     }
 
     fn prepare(&self, features: u64, memory: &GuestMemoryMmap, lanes: [&Lane; 2]) -> io::Result<()> {

@@ -18,7 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::announce::{self, Rounds};
 use super::control::Control;
-use super::counters::PairCounters;
+use super::counters::{PairCounters, Passed};
 use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit};
 use super::filter::Filter;
 use super::lane::Lane;
@@ -31,12 +31,16 @@ use super::vhost::Vhost;
 use super::watches::{Token, Watches};
 use super::{MAX_FRAME, features, sys};
 use crate::metrics::Counter;
+use crate::pace::{Pace, Taken};
 use crate::virtio::ring::RingError;
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{DeviceEvent, GuestMemory};
 
 /// Between two looks for a tap that was deleted, or for how the tap is that the kernel reads.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// The most that frames of the driver wait for each other.
+const GATHER: Duration = Duration::from_millis(2);
 
 /// What the device tells a worker.
 pub(super) enum Message {
@@ -97,6 +101,9 @@ struct Running {
     /// The map that the held buffers were found in.
     map: Arc<GuestMemoryMmap>,
     path: Path,
+    pace: Pace,
+    /// The worker has slept before this turn.
+    slept: bool,
     control: Option<Control>,
     signals: Arc<dyn TransportSignals>,
     pairs_generation: u64,
@@ -190,6 +197,9 @@ impl Worker {
                     return;
                 }
             };
+            if let Some(running) = &mut self.running {
+                running.slept = !more;
+            }
             for event in events.iter().take(ready) {
                 if !self.handle(event, counters, tap) {
                     return;
@@ -364,6 +374,8 @@ impl Worker {
         let running = Running {
             map: start.memory.memory().into_inner(),
             memory: start.memory,
+            pace: Pace::begin(GATHER),
+            slept: true,
             path: Path::new(start.rx, start.tx, start.features, offloads, start.fresh),
             control: start.control.map(|lane| Control::new(lane, start.features, max_pairs, start.enabled)),
             signals: start.signals,
@@ -520,9 +532,28 @@ impl Running {
             largest_frame: header + if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
             hasher: self.hasher.1.as_ref().as_ref().filter(|_| self.reports),
         };
-        let [sent, received] = self.path.serve(&context);
-        settle(shared, &self.signals, sent) | settle(shared, &self.signals, received)
+        let before = counters.passed();
+        let [sent, received] = self.path.serve(&context, &mut self.pace.moderation);
+        let more = settle(shared, &self.signals, sent) | settle(shared, &self.signals, received);
+        learn(&mut self.pace, self.slept, &context, counters.passed().since(before));
+        if more {
+            return true;
+        }
+        let rest = self.path.rest(&context, &mut self.pace);
+        settle(shared, &self.signals, rest)
     }
+}
+
+/// Learns from what a turn has moved.
+fn learn(pace: &mut Pace, slept: bool, context: &Context<'_>, passed: Passed) {
+    if slept && passed.sent > 0 {
+        pace.woke(context.now, true);
+    }
+    let count = passed.sent.saturating_add(passed.received);
+    if pace.moderation.is_on() {
+        context.counters.moderated.add(count);
+    }
+    pace.took(context.now, Taken { count: u32::try_from(count).unwrap_or(u32::MAX), work: passed.bytes });
 }
 
 fn settle(shared: &Shared, signals: &Arc<dyn TransportSignals>, result: Result<bool, RingError>) -> bool {

@@ -225,6 +225,12 @@ mod tests {
         fn event(&self) -> &EventFd {
             &self.event
         }
+
+        fn connect(&self, _event: &EventFd) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn disconnect(&self, _event: &EventFd) {}
     }
 
     struct Setup {

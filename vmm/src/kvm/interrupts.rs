@@ -104,6 +104,16 @@ impl MsiSource for KvmMsi {
     fn event(&self) -> &EventFd {
         &self.event
     }
+
+    fn connect(&self, event: &EventFd) -> io::Result<()> {
+        self.msis.vm.register_irqfd(event, self.gsi).map_err(io::Error::from)
+    }
+
+    fn disconnect(&self, event: &EventFd) {
+        if let Err(error) = self.msis.vm.unregister_irqfd(event, self.gsi) {
+            tracing::error!(gsi = self.gsi, %error, "KVM does not let go of an interrupt's eventfd");
+        }
+    }
 }
 
 impl Drop for KvmMsi {

@@ -45,6 +45,7 @@ impl Worker {
         }
         let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
         let stopped = vhost.stop();
+        running.path.detach_calls();
         running.path.pass_calls_on(vhost, counters);
         if let Err(error) = stopped {
             counters.vhost_errors.increment();

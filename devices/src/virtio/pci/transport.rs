@@ -14,7 +14,6 @@
 //! request is never given back (status reads zero) before the device has let go of it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_queue::{Queue, QueueState};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
@@ -95,18 +94,19 @@ struct QueueRegisters {
     device: u64,
     next_avail: u16,
     next_used: u16,
-    vector: Arc<AtomicU16>,
+    interrupt: QueueInterrupt,
     kick: Arc<EventFd>,
 }
 
 impl QueueRegisters {
     fn reset(&mut self) {
-        let Self { max_size, size, enabled, descriptors, driver, device, next_avail, next_used, vector, kick } = self;
+        let Self { max_size, size, enabled, descriptors, driver, device, next_avail, next_used, interrupt, kick } =
+            self;
         *size = *max_size;
         *enabled = false;
         (*descriptors, *driver, *device) = (0, 0, 0);
         (*next_avail, *next_used) = (0, 0);
-        vector.store(NO_VECTOR, Ordering::Release);
+        interrupt.choose(NO_VECTOR);
         // A kick for the former driver means nothing to the next one.
         let _ = kick.read();
     }
@@ -181,7 +181,7 @@ impl Transport {
             device: 0,
             next_avail: 0,
             next_used: 0,
-            vector: Arc::new(AtomicU16::new(NO_VECTOR)),
+            interrupt: QueueInterrupt::among(Arc::clone(wiring.signals.vectors())),
             kick: Arc::clone(kick),
         });
         Self {
@@ -352,12 +352,11 @@ impl Transport {
         let mut queues = Vec::with_capacity(self.queues.len());
         for (index, registers) in (0u16..).zip(&self.queues).filter(|(_, queue)| queue.enabled) {
             let queue = registers.queue(&*memory, event_idx).map_err(|reason| StartError::Queue { index, reason })?;
-            let vectors = Arc::clone(self.wiring.signals.vectors());
             queues.push(ActiveQueue {
                 index,
                 queue,
                 kick: registers.kick.try_clone()?,
-                interrupt: QueueInterrupt::chosen(vectors, Arc::clone(&registers.vector)),
+                interrupt: registers.interrupt.clone(),
             });
         }
         Ok(Activation {
@@ -419,7 +418,7 @@ impl Transport {
             common::QUEUE_VECTOR => {
                 let vector = self.wiring.signals.checked_vector(value);
                 if let Some(queue) = self.selected() {
-                    queue.vector.store(vector, Ordering::Release);
+                    queue.interrupt.choose(vector);
                 }
             }
             common::QUEUE_ENABLE if value == 1 => {
@@ -494,7 +493,7 @@ impl Transport {
         image.extend(self.queue_select.to_le_bytes());
         if let Some(queue) = self.selected() {
             image.extend(queue.size.to_le_bytes());
-            image.extend(queue.vector.load(Ordering::Acquire).to_le_bytes());
+            image.extend(queue.interrupt.vector().to_le_bytes());
             image.extend(u16::from(queue.enabled).to_le_bytes());
             image.extend(self.queue_select.to_le_bytes());
             image.extend([queue.descriptors, queue.driver, queue.device].map(u64::to_le_bytes).as_flattened());

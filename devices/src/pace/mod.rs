@@ -1,20 +1,22 @@
-//! How long a worker looks for more work before it sleeps.
+//! When a worker takes what there is: how long it looks for more before it sleeps, and how eagerly it takes it ([`moderation`]).
 //!
 //! To sleep and be woken costs the host two context switches and the guest an exit. Where work follows within microseconds,
 //! looking for it is cheaper for both; where it does not, looking is a waste. So the time follows from how long the worker
-//! had to wait lately: nothing on an idle or a slow disk, never more than [`LONGEST`].
+//! had to wait lately: nothing on an idle or a slow device, never more than [`LONGEST`].
+
+pub(crate) mod moderation;
 
 use std::time::{Duration, Instant};
 
-use super::moderation::{Level, Moderation};
+use self::moderation::{Level, Moderation};
 use crate::scheduling;
 
 /// The most that is looked for work at a time.
-pub(super) const LONGEST: Duration = Duration::from_micros(32);
+pub(crate) const LONGEST: Duration = Duration::from_micros(32);
 const SHORTEST: Duration = Duration::from_micros(4);
 
 #[derive(Debug, Default)]
-pub(super) struct Polling {
+pub(crate) struct Polling {
     window: Duration,
 }
 
@@ -36,32 +38,43 @@ impl Polling {
 
 /// What a worker knows of when work comes.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     pub polling: Polling,
     pub moderation: Moderation,
     /// When the ring was last found empty.
     pub settled: Instant,
 }
 
+/// What a worker has just taken.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Taken {
+    /// Requests or frames.
+    pub count: u32,
+    /// What came through with them: requests, or bytes where their sizes differ much.
+    pub work: u64,
+}
+
 impl Pace {
-    /// A new driver's, of which nothing is known yet.
-    pub fn begin() -> Self {
+    /// A new driver's, of which nothing is known yet. `longest`: that requests may wait for each other.
+    pub fn begin(longest: Duration) -> Self {
         let now = Instant::now();
         // Where the host does not let a thread choose, it is as polite as it is.
         let _ = scheduling::wait_for_others(false);
-        Self { polling: Polling::default(), moderation: Moderation::new(now), settled: now }
+        Self { polling: Polling::default(), moderation: Moderation::new(longest, now), settled: now }
     }
 
-    /// The worker woke at `now`, and found that requests had ended (`done`) or come.
-    pub fn turned(&mut self, now: Instant, slept: bool, done: bool, came: u32) {
-        if slept {
-            self.polling.waited(now.saturating_duration_since(self.settled), done || came > 0);
-        }
-        if came == 0 {
+    /// The worker woke at `now` from sleep, and found what it looks for (`worked`) or something else.
+    pub fn woke(&mut self, now: Instant, worked: bool) {
+        self.polling.waited(now.saturating_duration_since(self.settled), worked);
+    }
+
+    /// The worker took something at `now`.
+    pub fn took(&mut self, now: Instant, taken: Taken) {
+        if taken.count == 0 {
             return;
         }
         let before = self.moderation.level();
-        self.moderation.taken(came, now);
+        self.moderation.taken(taken, now);
         let Level { polite, .. } = self.moderation.level();
         if polite != before.polite {
             let _ = scheduling::wait_for_others(polite);
@@ -70,7 +83,7 @@ impl Pace {
 }
 
 /// Looks until there is something, at most for `window`; tells whether there was.
-pub(super) fn look(window: Duration, mut found: impl FnMut() -> bool) -> bool {
+pub(crate) fn look(window: Duration, mut found: impl FnMut() -> bool) -> bool {
     let begin = Instant::now();
     loop {
         if found() {

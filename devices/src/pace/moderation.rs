@@ -12,9 +12,11 @@
 
 use std::time::{Duration, Instant};
 
+use super::Taken;
+
 /// How a worker takes requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Level {
+pub(crate) struct Level {
     /// Whether it waits until others have finished where it is woken.
     pub polite: bool,
     /// How many requests are to be available.
@@ -52,26 +54,42 @@ const WORSE: f64 = 0.7;
 /// Episodes between two tries: twice as many each time, as long as they fail.
 const SOONEST: u32 = 4;
 const LATEST: u32 = 256;
-/// The most that requests wait for each other.
-const MOST: Duration = Duration::from_millis(4);
 /// A driver that was idle for so long has begun something new.
 const IDLE: Duration = Duration::from_millis(100);
 
+/// What comes through per second.
+#[derive(Debug, Clone, Copy, Default)]
+struct Rate {
+    requests: f64,
+    work: f64,
+}
+
+impl Rate {
+    /// Learns what came through lately.
+    fn update(self, new: Self) -> Self {
+        let mean = |known: f64, new: f64| known + (new - known) * NEW;
+        Self { requests: mean(self.requests, new.requests), work: mean(self.work, new.work) }
+    }
+}
+
 #[derive(Debug)]
-pub(super) struct Moderation {
+pub(crate) struct Moderation {
     /// The level that is best as far as is known, and the one that is being tried.
     home: usize,
     tried: Option<usize>,
     /// Which of [`STEPS`] is next.
     step: usize,
-    /// Requests per second by level.
-    rates: [Option<f64>; LEVELS.len()],
+    /// The most that requests wait for each other.
+    longest: Duration,
+    /// What comes through, by level.
+    rates: [Option<Rate>; LEVELS.len()],
     /// What they were at home when something was tried last.
     compared: f64,
     until: Option<Instant>,
     since: Instant,
     last: Instant,
     requests: u32,
+    work: u64,
     batches: u32,
     /// Waits for more than the driver had, though it had nothing else to wait for.
     vain: u32,
@@ -81,17 +99,19 @@ pub(super) struct Moderation {
 }
 
 impl Moderation {
-    pub fn new(now: Instant) -> Self {
+    pub fn new(longest: Duration, now: Instant) -> Self {
         Self {
             home: 0,
             tried: None,
             step: 0,
+            longest,
             rates: [None; LEVELS.len()],
             compared: 0.0,
             until: None,
             since: now,
             last: now,
             requests: 0,
+            work: 0,
             batches: 0,
             vain: 0,
             left: 1,
@@ -114,8 +134,8 @@ impl Moderation {
         self.tried.unwrap_or(self.home)
     }
 
-    fn rate(&self, level: usize) -> f64 {
-        self.rates.get(level).copied().flatten().unwrap_or(0.0)
+    fn rate(&self, level: usize) -> Rate {
+        self.rates.get(level).copied().flatten().unwrap_or_default()
     }
 
     /// How long the next requests are still to gather, if `waiting` have, and `flying` are worked on; `None`: they are to be
@@ -140,21 +160,22 @@ impl Moderation {
 
     /// The most that requests wait for each other: what as many take with the first level.
     fn pause(&self, goal: u16) -> Duration {
-        Duration::from_secs_f64(f64::from(goal) / self.rate(0).max(1.0)).min(MOST)
+        Duration::from_secs_f64(f64::from(goal) / self.rate(0).requests.max(1.0)).min(self.longest)
     }
 
     /// A batch of requests (at least one) was taken.
-    pub fn taken(&mut self, requests: u32, now: Instant) {
+    pub fn taken(&mut self, taken: Taken, now: Instant) {
         if now.saturating_duration_since(self.last) > IDLE {
-            *self = Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(now) };
+            *self = Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(self.longest, now) };
         }
         self.last = now;
-        self.requests = self.requests.saturating_add(requests);
+        self.requests = self.requests.saturating_add(taken.count);
+        self.work = self.work.saturating_add(taken.work);
         self.batches += 1;
         let time = now.saturating_duration_since(self.since).max(Duration::from_micros(1)).as_secs_f64();
-        let rate = f64::from(self.requests) / time;
+        let rate = Rate { requests: f64::from(self.requests) / time, work: self.work as f64 / time };
         let alone = self.batches >= PROBE && self.batches.saturating_mul(2) > self.requests;
-        let slow = self.tried.is_some() && time * self.rate(self.home) > SLOWER * f64::from(EPISODE);
+        let slow = self.tried.is_some() && time * self.rate(self.home).requests > SLOWER * f64::from(EPISODE);
         let vain = self.vain >= VAIN && self.vain.saturating_mul(2) > self.batches;
         if self.index() > 0 && (alone || vain) {
             self.unsuited();
@@ -170,28 +191,28 @@ impl Moderation {
     /// What is tried does not suit the driver; if nothing was, the present level does not any more.
     fn unsuited(&mut self) {
         let index = self.index();
-        self.set_rate(index, 0.0);
+        self.set_rate(index, Rate::default());
         if self.tried.is_none() {
             self.home -= 1;
         }
         self.tried_in_vain();
     }
 
-    fn set_rate(&mut self, level: usize, rate: f64) {
+    fn set_rate(&mut self, level: usize, rate: Rate) {
         if let Some(known) = self.rates.get_mut(level) {
             *known = Some(rate);
         }
     }
 
     /// An episode is over.
-    fn learn(&mut self, rate: f64) {
+    fn learn(&mut self, rate: Rate) {
         let level = self.index();
         // What a try gave long ago says nothing of today.
         let known = self.rates.get(level).copied().flatten().filter(|_| self.tried.is_none());
-        self.set_rate(level, known.map_or(rate, |known| known + (rate - known) * NEW));
+        self.set_rate(level, known.map_or(rate, |known| known.update(rate)));
         match self.tried {
             None => {
-                let worse = self.rate(self.home) < self.compared * WORSE;
+                let worse = self.rate(self.home).work < self.compared * WORSE;
                 self.left = if worse { 0 } else { self.left.saturating_sub(1) };
                 if self.left == 0 {
                     self.try_another();
@@ -208,7 +229,7 @@ impl Moderation {
 
     fn try_another(&mut self) {
         let small = self.batches.saturating_mul(SMALL) > self.requests;
-        self.compared = self.rate(self.home);
+        self.compared = self.rate(self.home).work;
         for _ in STEPS {
             let step = STEPS.get(self.step).copied().unwrap_or(1);
             self.step = (self.step + 1) % STEPS.len();
@@ -229,19 +250,21 @@ impl Moderation {
     }
 
     fn is_better(&self, tried: usize) -> bool {
-        let (home, other) = (self.rate(self.home), self.rate(tried));
+        let (home, other) = (self.rate(self.home).work, self.rate(tried).work);
         // Where nothing is gained, nothing waits.
         if tried == 0 { other > home } else { other >= home * GAIN }
     }
 
     fn begin(&mut self, now: Instant) {
-        (self.since, self.requests, self.batches, self.vain) = (now, 0, 0, 0);
+        (self.since, self.requests, self.work, self.batches, self.vain) = (now, 0, 0, 0, 0);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const MOST: Duration = Duration::from_millis(4);
 
     /// A driver with requests outstanding, and a worker.
     struct Model {
@@ -263,7 +286,7 @@ mod tests {
     impl Model {
         fn new(request: u32, change: u32, others: u32, depth: u32) -> Self {
             let (now, beside) = (Instant::now(), false);
-            let moderation = Moderation::new(now);
+            let moderation = Moderation::new(MOST, now);
             Self { moderation, now, request, change, others, depth, beside, moderated: 0, total: 0 }
         }
 
@@ -283,7 +306,7 @@ mod tests {
                 self.now += rest;
             }
             self.now += Duration::from_micros(u64::from(self.change));
-            self.moderation.taken(came, self.now);
+            self.moderation.taken(Taken { count: came, work: came.into() }, self.now);
             self.total += came;
             self.moderated += if level == LEVELS[0] { 0 } else { came };
             came
@@ -354,7 +377,7 @@ mod tests {
             model.run(1);
         }
         model.now += 2 * IDLE;
-        model.moderation.taken(1, model.now);
+        model.moderation.taken(Taken { count: 1, work: 1 }, model.now);
         assert_eq!(model.moderation.level(), LEVELS[0]);
         assert_eq!(model.moderation.rest(1, 0, model.now), None);
     }
