@@ -78,7 +78,9 @@ fn nothing_stalls_spoils_or_leaks_under_mixed_load_with_flaps_offload_changes_pa
 
     let bridge = Bridge::new();
     let options = PortOptions { queues: 2, ..PortOptions::default() };
-    let ports = [bridge.port_with(1, &options), bridge.port_with(2, &options)];
+    // One of each data path.
+    let mut ports = [bridge.port_with(1, &options), bridge.port_with(2, &options)];
+    ports[1].nic.vhost = true;
     let mut nodes = nodes(ports, |_, _| ());
     let addresses = [nodes[0].address(), nodes[1].address()];
     let mut loads = Vec::new();

@@ -22,14 +22,14 @@ use super::backend::{BlockBackend, Completion, Event, Operation, Request, Signal
 use super::metrics::{QueueMetrics, name};
 use super::request::{Asked, ChainError, Parser, Range, STATUS_OK, status_of};
 use super::shared::Disk;
-use crate::pace::moderation::Level;
+use crate::pace::moderation::{Level, Tuning};
 use crate::pace::{self, Pace, Taken};
 use crate::virtio::ring::{Ring, RingError};
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{GuestMemory, interrupt::QueueInterrupt};
 
-/// The most that requests wait for each other.
-const GATHER: Duration = Duration::from_millis(4);
+/// How requests are gathered.
+const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1 };
 
 /// What the owner of a worker asks of it.
 pub(super) enum Command {
@@ -154,7 +154,7 @@ impl Worker {
             free: (0..depth).rev().collect(),
             sequence: 0,
             sync_after: None,
-            pace: Pace::begin(GATHER),
+            pace: Pace::begin(TUNING),
             leaving: false,
             disk,
         };
@@ -297,7 +297,7 @@ impl Worker {
     fn start(&mut self, start: Start) -> std::io::Result<()> {
         let (active, kick) = Active::new(start);
         self.metrics.held.set(0);
-        self.pace = Pace::begin(GATHER);
+        self.pace = Pace::begin(TUNING);
         self.backend.watch(Signal::Kick, Some(kick))?;
         self.active = Some(Box::new(active));
         Ok(())

@@ -245,9 +245,10 @@ impl Path {
     }
 
     /// Has the kernel's interrupts come to the worker alone.
-    pub(super) fn detach_calls(&self) {
-        let (rx, tx) = (self.rx.as_ref(), self.tx.as_ref());
-        [rx.map(|rx| &rx.lane), tx.map(|tx| &tx.lane)].into_iter().flatten().for_each(|lane| lane.interrupt.detach());
+    pub(super) fn detach_call(&self) {
+        if let Some(rx) = &self.rx {
+            rx.lane.interrupt.detach();
+        }
     }
 
     /// Interrupts the driver where the kernel wants it, and could not do so itself.

@@ -8,7 +8,7 @@ pub(crate) mod moderation;
 
 use std::time::{Duration, Instant};
 
-use self::moderation::{Level, Moderation};
+use self::moderation::{Level, Moderation, Tuning};
 use crate::scheduling;
 
 /// The most that is looked for work at a time.
@@ -55,12 +55,17 @@ pub(crate) struct Taken {
 }
 
 impl Pace {
-    /// A new driver's, of which nothing is known yet. `longest`: that requests may wait for each other.
-    pub fn begin(longest: Duration) -> Self {
+    /// A new driver's, of which nothing is known yet.
+    pub fn begin(tuning: Tuning) -> Self {
         let now = Instant::now();
         // Where the host does not let a thread choose, it is as polite as it is.
         let _ = scheduling::wait_for_others(false);
-        Self { polling: Polling::default(), moderation: Moderation::new(longest, now), settled: now }
+        Self { polling: Polling::default(), moderation: Moderation::new(tuning, now), settled: now }
+    }
+
+    /// The worker has nothing to do from now on that anybody waits for.
+    pub fn stand_back(&mut self) {
+        let _ = scheduling::wait_for_others(true);
     }
 
     /// The worker woke at `now` from sleep, and found what it looks for (`worked`) or something else.

@@ -14,6 +14,17 @@ use std::time::{Duration, Instant};
 
 use super::Taken;
 
+/// What suits a kind of device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tuning {
+    /// The most that requests wait for each other.
+    pub longest: Duration,
+    /// Requests that are looked at together.
+    pub episode: u32,
+    /// How many times as much has to come through for a change of level: less may be chance.
+    pub gain: f64,
+}
+
 /// How a worker takes requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Level {
@@ -36,8 +47,6 @@ const STEPS: [isize; 5] = [3, 1, -1, 2, -2];
 /// Those that go on from a level that was better, upwards and downwards.
 const UPWARDS: usize = 1;
 const DOWNWARDS: usize = 2;
-/// Requests that are looked at together.
-const EPISODE: u32 = 256;
 /// A try ends after so many batches already if nothing gathers, after so many waits for what the driver does not have if most
 /// batches were such, and when it takes so many times as long as without.
 const PROBE: u32 = 8;
@@ -45,8 +54,6 @@ const VAIN: u32 = 3;
 const SLOWER: f64 = 2.0;
 /// Smaller batches than this on average are worth a try.
 const SMALL: u32 = 4;
-/// How many times as many requests have to come through for a change of level: less may be chance.
-const GAIN: f64 = 1.1;
 /// What a new episode weighs in what is known of its level.
 const NEW: f64 = 0.5;
 /// Less than this of what came through when something was tried last, and the next try need not wait.
@@ -79,8 +86,7 @@ pub(crate) struct Moderation {
     tried: Option<usize>,
     /// Which of [`STEPS`] is next.
     step: usize,
-    /// The most that requests wait for each other.
-    longest: Duration,
+    tuning: Tuning,
     /// What comes through, by level.
     rates: [Option<Rate>; LEVELS.len()],
     /// What they were at home when something was tried last.
@@ -99,12 +105,12 @@ pub(crate) struct Moderation {
 }
 
 impl Moderation {
-    pub fn new(longest: Duration, now: Instant) -> Self {
+    pub fn new(tuning: Tuning, now: Instant) -> Self {
         Self {
             home: 0,
             tried: None,
             step: 0,
-            longest,
+            tuning,
             rates: [None; LEVELS.len()],
             compared: 0.0,
             until: None,
@@ -160,13 +166,13 @@ impl Moderation {
 
     /// The most that requests wait for each other: what as many take with the first level.
     fn pause(&self, goal: u16) -> Duration {
-        Duration::from_secs_f64(f64::from(goal) / self.rate(0).requests.max(1.0)).min(self.longest)
+        Duration::from_secs_f64(f64::from(goal) / self.rate(0).requests.max(1.0)).min(self.tuning.longest)
     }
 
     /// A batch of requests (at least one) was taken.
     pub fn taken(&mut self, taken: Taken, now: Instant) {
         if now.saturating_duration_since(self.last) > IDLE {
-            *self = Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(self.longest, now) };
+            *self = Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(self.tuning, now) };
         }
         self.last = now;
         self.requests = self.requests.saturating_add(taken.count);
@@ -175,12 +181,13 @@ impl Moderation {
         let time = now.saturating_duration_since(self.since).max(Duration::from_micros(1)).as_secs_f64();
         let rate = Rate { requests: f64::from(self.requests) / time, work: self.work as f64 / time };
         let alone = self.batches >= PROBE && self.batches.saturating_mul(2) > self.requests;
-        let slow = self.tried.is_some() && time * self.rate(self.home).requests > SLOWER * f64::from(EPISODE);
+        let slow =
+            self.tried.is_some() && time * self.rate(self.home).requests > SLOWER * f64::from(self.tuning.episode);
         let vain = self.vain >= VAIN && self.vain.saturating_mul(2) > self.batches;
         if self.index() > 0 && (alone || vain) {
             self.unsuited();
             self.begin(now);
-        } else if self.requests >= EPISODE || slow {
+        } else if self.requests >= self.tuning.episode || slow {
             self.learn(rate);
             self.begin(now);
         }
@@ -252,7 +259,7 @@ impl Moderation {
     fn is_better(&self, tried: usize) -> bool {
         let (home, other) = (self.rate(self.home).work, self.rate(tried).work);
         // Where nothing is gained, nothing waits.
-        if tried == 0 { other > home } else { other >= home * GAIN }
+        if tried == 0 { other > home } else { other >= home * self.tuning.gain }
     }
 
     fn begin(&mut self, now: Instant) {
@@ -264,7 +271,7 @@ impl Moderation {
 mod tests {
     use super::*;
 
-    const MOST: Duration = Duration::from_millis(4);
+    const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1 };
 
     /// A driver with requests outstanding, and a worker.
     struct Model {
@@ -286,7 +293,7 @@ mod tests {
     impl Model {
         fn new(request: u32, change: u32, others: u32, depth: u32) -> Self {
             let (now, beside) = (Instant::now(), false);
-            let moderation = Moderation::new(MOST, now);
+            let moderation = Moderation::new(TUNING, now);
             Self { moderation, now, request, change, others, depth, beside, moderated: 0, total: 0 }
         }
 
@@ -366,7 +373,7 @@ mod tests {
             model.run(1);
         }
         (model.change, model.others) = (400, 0);
-        model.run(20 * EPISODE);
+        model.run(20 * TUNING.episode);
         assert!(model.moderation.home > 0, "{:?}", model.moderation);
     }
 
@@ -388,7 +395,7 @@ mod tests {
         slow.beside = true;
         for _ in 0..5000 {
             slow.run(1);
-            assert!(slow.moderation.rest(0, 1, slow.now).is_none_or(|rest| rest <= MOST));
+            assert!(slow.moderation.rest(0, 1, slow.now).is_none_or(|rest| rest <= TUNING.longest));
         }
     }
 }

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 
 use super::super::counters::PairCounters;
 use super::super::vhost::Vhost;
-use super::{Worker, fail};
+use super::{TUNING, Worker, fail};
+use crate::pace::Pace;
 
 impl Worker {
     pub(super) fn is_in_kernel(&self) -> bool {
@@ -45,7 +46,8 @@ impl Worker {
         }
         let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
         let stopped = vhost.stop();
-        running.path.detach_calls();
+        running.path.detach_call();
+        running.pace = Pace::begin(TUNING);
         running.path.pass_calls_on(vhost, counters);
         if let Err(error) = stopped {
             counters.vhost_errors.increment();
@@ -65,7 +67,10 @@ impl Worker {
         }
         let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
         match running.path.hand_over(vhost, &running.map, tap, &self.watches, counters) {
-            Ok(()) => counters.vhost_engaged.set(1),
+            Ok(()) => {
+                running.pace.stand_back();
+                counters.vhost_engaged.set(1);
+            }
             Err(error) => {
                 counters.vhost_errors.increment();
                 running.path.keep_from_kernel();
