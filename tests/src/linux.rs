@@ -75,9 +75,9 @@ pub fn linux_that_runs(script: &str, then: &str) -> VmConfig {
 fn with_cmdline(cmdline: &str) -> VmConfig {
     let mut config = VmConfig::new("guest", ByteSize::mib(256));
     config.boot = Some(BootConfig {
-        kernel: Kernel::Vmlinux.path(),
         initrd: Some(folder().join("initrd.img")),
         cmdline: cmdline.into(),
+        ..BootConfig::with_kernel(Kernel::Vmlinux.path())
     });
     config
 }

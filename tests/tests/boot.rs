@@ -14,7 +14,7 @@ use rackvisor_tests::{Kernel, Rackvisor, Tiny, assert_nothing_more, linux, linux
 fn boots(kernel: Kernel, cpus: u8, memory: ByteSize) {
     let script = "nproc; grep MemTotal: /proc/meminfo; dmesg | grep BIOS-e820";
     let mut config = linux_that_runs(script, "poweroff");
-    config.boot.as_mut().unwrap().kernel = kernel.path();
+    config.boot.as_mut().unwrap().kernel = Some(kernel.path());
     config.cpus.count = cpus;
     config.memory.size = memory;
     let vmm = Rackvisor::start();
