@@ -117,7 +117,11 @@ impl FirmwareConfig {
         check_path(&self.vars, &at.key("vars"))?;
         if self.code == self.vars {
             let detail = "code and vars are the same file";
-            return Err(Problem::invalid(&at.key("vars"), detail, "give the VM a copy of the OVMF_VARS file of its own"));
+            return Err(Problem::invalid(
+                &at.key("vars"),
+                detail,
+                "give the VM a copy of the OVMF_VARS file of its own",
+            ));
         }
         Ok(())
     }
