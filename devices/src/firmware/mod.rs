@@ -85,11 +85,9 @@ pub enum FirmwareError {
         /// Why not.
         reason: String,
     },
-    /// The thread that writes the variables.
-    #[error(
-        "cannot start the thread that writes the variables: {0}; raise the limit of processes (pids.max, ulimit -u)"
-    )]
-    Thread(io::Error),
+    /// The host refuses the mapping, or the thread that writes the variables.
+    #[error("cannot start the flash memory: {0}; raise the limit of processes (pids.max, ulimit -u)")]
+    Start(io::Error),
 }
 
 /// Contents of flash memory, as the guest reads it. Shared with KVM.
