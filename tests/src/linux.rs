@@ -29,7 +29,7 @@ impl Kernel {
 }
 
 /// RACKVISOR_GUEST, or where `resources/guest/build` puts it.
-fn folder() -> PathBuf {
+pub(crate) fn folder() -> PathBuf {
     let path = std::env::var_os("RACKVISOR_GUEST").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("out").join("guest/cloud-amd64"),
         PathBuf::from,

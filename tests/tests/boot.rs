@@ -113,6 +113,8 @@ fn the_guest_finds_the_machine_that_was_configured_and_tables_that_iasl_takes() 
     assert_eq!(guest.ok("head -c 16 /dev/hwrng | wc -c"), "16");
     assert_eq!(guest.ok("dmesg | grep -iE 'acpi (error|bios error|warning)|firmware bug|call trace' || true"), "");
 
+    assert_eq!(guest.ok("cat /sys/class/dmi/id/sys_vendor"), "Rackvisor");
+
     let names = guest.ok("cd /sys/firmware/acpi/tables && ls -p | grep -v /");
     assert_eq!(names.split_whitespace().collect::<Vec<_>>(), ["APIC", "DSDT", "FACP", "FACS", "MCFG", "WAET"]);
     if Command::new("iasl").arg("-v").output().is_err() {

@@ -206,7 +206,7 @@ fn the_keyboard_controller_answers_each_probe_at_once_and_is_never_busy() {
     write8(&data, 0, 0xff);
     assert_eq!(status() & 0x41, 0x41);
     assert_eq!(read8(&data, 0), 0xfe);
-    assert_eq!(status() & 0x43, 0);
+    assert_eq!(status() & 0x03, 0);
     write8(&command, 0, 0x60);
     write8(&data, 0, 0x45);
     write8(&command, 0, 0x20);
