@@ -46,6 +46,11 @@ fn firmware_starts_shim_grub_and_linux_which_finds_the_machine_that_was_configur
     assert_eq!(guest.ok("dmesg | grep -iE 'acpi (error|bios error|warning)|firmware bug|call trace' || true"), "");
     let mmconfig = guest.ok("dmesg | grep -i 'mmconfig.*reserved'");
     assert!(mmconfig.to_lowercase().contains("0xb0000000"), "{mmconfig}");
+    assert_eq!(
+        guest.ok("dmesg | grep -E \"pci .*can't claim\" || true"),
+        "",
+        "BARs lie in the windows that ACPI tells"
+    );
 
     // The reboot goes through the firmware again, and the power button works.
     guest.send("reboot -f");

@@ -47,7 +47,7 @@ impl Commands {
 }
 
 impl AcpiTables {
-    /// The files by which firmware gets the tables: RSDP, the others, and what to do with them.
+    /// The files by which firmware gets the tables: what to do, the RSDP, and the others.
     #[must_use]
     pub fn files(&self) -> [FwCfgFile; 3] {
         let places = self.places();
@@ -77,7 +77,7 @@ impl AcpiTables {
             image.resize(*place as usize, 0);
             image.extend(table.data);
         }
-        [FwCfgFile::new(RSDP, rsdp), FwCfgFile::new(TABLES, image), FwCfgFile::new(LOADER, commands.0)]
+        [FwCfgFile::new(LOADER, commands.0), FwCfgFile::new(RSDP, rsdp), FwCfgFile::new(TABLES, image)]
     }
 
     /// Where each table is in its file.

@@ -238,7 +238,7 @@ fn iasl_disassembles_every_table_and_compiles_it_again_without_error_or_warning(
 
 /// Does what firmware does with the files of the table loader; gives the RSDP and the other tables at their places.
 fn load(tables: &AcpiTables, places: [u64; 2]) -> [Vec<u8>; 2] {
-    let [rsdp, others, loader] = tables.files();
+    let [loader, rsdp, others] = tables.files();
     let names = [rsdp.name, others.name];
     let mut files = [rsdp.data.to_vec(), others.data.to_vec()];
     let index = |name: &[u8]| names.iter().position(|n| name.starts_with(format!("{n}\0").as_bytes())).unwrap();

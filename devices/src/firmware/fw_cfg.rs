@@ -7,14 +7,18 @@
 //! | 0x514 | DMA address | 64 bits, big-endian in two halves; the write of the second starts the transfer |
 //!
 //! Items are read only. Files are items with a name; the directory lists them. Files that describe what the firmware has set
-//! up itself come from a source that is asked whenever the directory is read.
+//! up itself come from a source. It is asked whenever the first of them, the one with which firmware begins, is selected:
+//! edk2 has the BARs decoded just then, and not when it reads the directory before and the other files after (EnablePciDecoding()
+//! of OvmfPkg/AcpiPlatformDxe).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 use crate::GuestMemory;
+use crate::acpi::AcpiError;
 use crate::bus::{BusDevice, VmRequest};
+use crate::throttle::Throttle;
 
 /// First port.
 pub const FW_CFG_BASE: u64 = 0x510;
@@ -57,6 +61,8 @@ pub const NAME_SIZE: usize = 56;
 /// The most zeroes that a transfer gets beyond the end of an item: a vCPU must not be held by a long one.
 const MAX_PADDING: usize = 1 << 20;
 
+static SOURCE_LOG: Throttle = Throttle::new();
+
 /// A file for the firmware.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FwCfgFile {
@@ -74,15 +80,15 @@ impl FwCfgFile {
     }
 }
 
-/// Makes files anew from how things are now: always the same names in the same order.
-pub type FileSource = Box<dyn Fn() -> Vec<FwCfgFile> + Send + Sync>;
+/// Makes files from how things are now: always the same names in the same order, and the same size of the first.
+pub type FileSource = Box<dyn Fn() -> Result<Vec<FwCfgFile>, AcpiError> + Send + Sync>;
 
 struct State {
     item: Arc<[u8]>,
     offset: usize,
     /// The upper half of the DMA address.
     dma_high: u32,
-    /// All files, as the directory last listed them.
+    /// All files, as they were last made; none before the first look at them.
     files: Vec<FwCfgFile>,
 }
 
@@ -115,8 +121,9 @@ impl FwCfg {
 
     fn select(&self, state: &mut State, selector: u16) {
         let selector = selector & !key::IGNORED;
-        if selector == key::DIRECTORY || (selector >= key::FIRST_FILE && state.files.is_empty()) {
-            state.files = self.fixed.iter().cloned().chain((self.source)()).collect();
+        let index = selector.checked_sub(key::FIRST_FILE).map(usize::from);
+        if index == Some(self.fixed.len()) || (state.files.is_empty() && selector >= key::DIRECTORY) {
+            self.make_files(state);
         }
         state.offset = 0;
         state.item = match selector {
@@ -124,11 +131,22 @@ impl FwCfg {
             key::ID => Arc::from(FEATURES.to_le_bytes()),
             key::CPU_COUNT | key::MAX_CPUS => Arc::from(self.cpus.to_le_bytes()),
             key::DIRECTORY => directory(&state.files).into(),
-            _ => {
-                let index = selector.checked_sub(key::FIRST_FILE).map(usize::from);
-                index.and_then(|index| state.files.get(index)).map(|file| Arc::clone(&file.data)).unwrap_or_default()
-            }
+            _ => index.and_then(|index| state.files.get(index)).map(|file| Arc::clone(&file.data)).unwrap_or_default(),
         };
+    }
+
+    fn make_files(&self, state: &mut State) {
+        match (self.source)() {
+            Ok(made) => state.files = self.fixed.iter().cloned().chain(made).collect(),
+            Err(error) => {
+                if state.files.is_empty() {
+                    state.files.clone_from(&self.fixed);
+                }
+                if let Some(held_back) = SOURCE_LOG.pass() {
+                    tracing::warn!(held_back, "no ACPI tables for how the firmware set the machine up: {error}");
+                }
+            }
+        }
     }
 
     /// Carries out the DMA command at `address` and answers there. One that is nowhere in RAM has no answer.

@@ -60,7 +60,7 @@ impl Firmware {
         let store = Box::new(FileStore(images.vars_file));
         let flash = Flash::new(images.vars, Box::new(vars), store, &*host.spawner, Arc::clone(&host.notifier));
         let flash = Arc::new(flash.map_err(FirmwareError::Start)?);
-        let source = Box::new(board.tables.into_source());
+        let source = Box::new(move || board.tables.files());
         let fw_cfg = FwCfg::new(board.memory, u16::from(config.cpus.count), files(config)?, source);
         let fw_cfg = Arc::new(fw_cfg);
         board.mmio.insert(vars_base, flash.size(), Arc::clone(&flash) as _).map_err(|e| failed(&e))?;

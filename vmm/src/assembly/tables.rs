@@ -1,10 +1,10 @@
 //! The tables by which an operating system finds the platform: ACPI and SMBIOS, for a direct boot and for firmware.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use rackvisor_api::config::VmConfig;
-use rackvisor_devices::acpi::{AcpiConfig, AcpiTables, Ecam, Window};
+use rackvisor_devices::acpi::{AcpiConfig, AcpiError, AcpiTables, Ecam, Window};
 use rackvisor_devices::firmware::FwCfgFile;
 use rackvisor_devices::pci::bridge::HostBridge;
 use rackvisor_devices::pci::{BarKind, Root, SLOT_COUNT};
@@ -73,24 +73,12 @@ impl Platform {
         Ok(placed.rsdp)
     }
 
-    /// What fw_cfg asks for the tables' files: made anew when something has moved.
-    pub fn into_source(self) -> impl Fn() -> Vec<FwCfgFile> + Send + Sync {
-        let last: Mutex<Option<(AcpiConfig, Vec<FwCfgFile>)>> = Mutex::default();
-        move || {
-            let config = self.config();
-            let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-            match &*last {
-                Some((of, files)) if *of == config => files.clone(),
-                other => match AcpiTables::build(&config) {
-                    Ok(tables) => last.insert((config, tables.files().to_vec())).1.clone(),
-                    Err(error) => {
-                        // The guest placed something where no table can say so. It keeps what it had.
-                        tracing::warn!("no ACPI tables for how the firmware set the machine up: {error}");
-                        other.as_ref().map(|(_, files)| files.clone()).unwrap_or_default()
-                    }
-                },
-            }
-        }
+    /// The files of fw_cfg with the tables for how things are now.
+    ///
+    /// # Errors
+    /// [`AcpiError`] if the guest placed something where no table can say so.
+    pub fn files(&self) -> Result<Vec<FwCfgFile>, AcpiError> {
+        Ok(AcpiTables::build(&self.config())?.files().to_vec())
     }
 }
 

@@ -21,7 +21,13 @@ impl Bench {
         let count = Arc::clone(&built);
         let source = move || {
             let number = count.fetch_add(1, Ordering::Relaxed) + 1;
-            vec![FwCfgFile::new("etc/built", vec![number; usize::from(number)])]
+            if number == 4 {
+                return Err(AcpiError::Ecam(0));
+            }
+            Ok(vec![
+                FwCfgFile::new("etc/first", vec![number]),
+                FwCfgFile::new("etc/built", vec![number; number.into()]),
+            ])
         };
         let files = vec![FwCfgFile::new("etc/fixed", b"content".to_vec())];
         Self { device: FwCfg::new(memory.clone(), 3, files, Box::new(source)), memory, built }
@@ -97,17 +103,17 @@ fn files_are_found_by_name_and_read_with_zeroes_beyond_their_end() {
 }
 
 #[test]
-fn a_file_that_is_built_has_the_size_that_the_directory_said_until_that_is_read_again() {
+fn files_are_made_anew_when_the_first_of_them_is_selected_and_only_then() {
     let bench = Bench::new();
-    let (key, size) = bench.find("etc/built");
-    assert_eq!(size, 1);
-    assert_eq!(bench.item(key, 2), [1, 0]);
-    assert_eq!(bench.item(key, 2), [1, 0]);
-    assert_eq!(bench.find("etc/built"), (key, 2));
-    assert_eq!(bench.item(key, 3), [2, 2, 0]);
+    let (first, built) = (bench.find("etc/first").0, bench.find("etc/built"));
+    assert_eq!(built, (first + 1, 1));
+    assert_eq!(bench.item(first, 1), [2]);
+    assert_eq!(bench.find("etc/built"), (built.0, 2));
+    assert_eq!(bench.item(built.0, 3), [2, 2, 0]);
     bench.device.reset();
-    assert_eq!(bench.item(key, 4), [3, 3, 3, 0], "who knows the number needs no directory");
-    assert_eq!(bench.built.load(Ordering::Relaxed), 3);
+    assert_eq!(bench.item(built.0, 4), [3, 3, 3, 0], "who knows the number needs no directory");
+    assert_eq!(bench.item(first, 1), [3], "what cannot be made stays as it was");
+    assert_eq!(bench.built.load(Ordering::Relaxed), 4);
 }
 
 #[test]
