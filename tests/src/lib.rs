@@ -24,6 +24,7 @@ mod spoil;
 mod tap;
 mod terminal;
 mod tiny;
+mod uefi;
 mod vmm;
 
 use std::io::Write;
@@ -45,6 +46,7 @@ pub use spoil::spoil_everything;
 pub use tap::{Rarps, Tap, taps_are_missing};
 pub use terminal::Terminal;
 pub use tiny::Tiny;
+pub use uefi::{Keys, Loader, booted_disk, global_variable, mount_variables, uefi, uefi_disk};
 pub use vmm::{Rackvisor, rackctl_binary, rackvisor_binary};
 
 /// How long anything may take before it counts as hung. Guests in the lab are some 10 times slower than elsewhere.

@@ -29,7 +29,7 @@ impl Kernel {
 }
 
 /// RACKVISOR_GUEST, or where `resources/guest/build` puts it.
-fn folder() -> PathBuf {
+pub(crate) fn folder() -> PathBuf {
     let path = std::env::var_os("RACKVISOR_GUEST").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("out").join("guest/cloud-amd64"),
         PathBuf::from,
@@ -75,9 +75,9 @@ pub fn linux_that_runs(script: &str, then: &str) -> VmConfig {
 fn with_cmdline(cmdline: &str) -> VmConfig {
     let mut config = VmConfig::new("guest", ByteSize::mib(256));
     config.boot = Some(BootConfig {
-        kernel: Kernel::Vmlinux.path(),
         initrd: Some(folder().join("initrd.img")),
         cmdline: cmdline.into(),
+        ..BootConfig::with_kernel(Kernel::Vmlinux.path())
     });
     config
 }

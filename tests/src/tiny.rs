@@ -88,7 +88,7 @@ impl Tiny {
     /// The configuration of a VM with 128 MiB that runs it; its kernel is written into `folder`.
     pub fn config(&self, folder: &Path) -> VmConfig {
         let mut config = VmConfig::new("tiny", ByteSize::mib(128));
-        config.boot = Some(BootConfig { kernel: self.write(folder), initrd: None, cmdline: String::new() });
+        config.boot = Some(BootConfig::with_kernel(self.write(folder)));
         config
     }
 

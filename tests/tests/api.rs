@@ -128,8 +128,8 @@ fn a_vm_that_cannot_boot_says_why_and_stays_as_it_was() {
     std::fs::write(vmm.path("text"), "a kernel this is not").unwrap();
     type Spoil = fn(&mut VmConfig, &Path);
     let spoiled: [(&str, Spoil, Code); 5] = [
-        ("no kernel", |c, at| c.boot.as_mut().unwrap().kernel = at.join("absent"), Code::BadImage),
-        ("not a kernel", |c, at| c.boot.as_mut().unwrap().kernel = at.join("text"), Code::BadImage),
+        ("no kernel", |c, at| c.boot.as_mut().unwrap().kernel = Some(at.join("absent")), Code::BadImage),
+        ("not a kernel", |c, at| c.boot.as_mut().unwrap().kernel = Some(at.join("text")), Code::BadImage),
         ("no initrd", |c, at| c.boot.as_mut().unwrap().initrd = Some(at.join("absent")), Code::BadImage),
         ("no disk", |c, at| c.disks[0].path = at.join("absent"), Code::Unusable),
         ("a folder as a disk", |c, at| c.disks[0].path = at.to_owned(), Code::Unusable),

@@ -14,7 +14,7 @@ use rackvisor_tests::{Kernel, Rackvisor, Tiny, assert_nothing_more, linux, linux
 fn boots(kernel: Kernel, cpus: u8, memory: ByteSize) {
     let script = "nproc; grep MemTotal: /proc/meminfo; dmesg | grep BIOS-e820";
     let mut config = linux_that_runs(script, "poweroff");
-    config.boot.as_mut().unwrap().kernel = kernel.path();
+    config.boot.as_mut().unwrap().kernel = Some(kernel.path());
     config.cpus.count = cpus;
     config.memory.size = memory;
     let vmm = Rackvisor::start();
@@ -112,6 +112,8 @@ fn the_guest_finds_the_machine_that_was_configured_and_tables_that_iasl_takes() 
     assert_eq!(guest.ok("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"), "kvm-clock");
     assert_eq!(guest.ok("head -c 16 /dev/hwrng | wc -c"), "16");
     assert_eq!(guest.ok("dmesg | grep -iE 'acpi (error|bios error|warning)|firmware bug|call trace' || true"), "");
+
+    assert_eq!(guest.ok("cat /sys/class/dmi/id/sys_vendor"), "Rackvisor");
 
     let names = guest.ok("cd /sys/firmware/acpi/tables && ls -p | grep -v /");
     assert_eq!(names.split_whitespace().collect::<Vec<_>>(), ["APIC", "DSDT", "FACP", "FACS", "MCFG", "WAET"]);

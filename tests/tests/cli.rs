@@ -63,7 +63,7 @@ fn a_vm_that_does_not_boot_ends_the_process_that_was_to_boot_it() {
     needs_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let mut config = Tiny::idle().config(folder.path());
-    config.boot.as_mut().unwrap().kernel = "absent".into();
+    config.boot.as_mut().unwrap().kernel = Some("absent".into());
     fs::write(folder.path().join("vm.json"), serde_json::to_vec(&config).unwrap()).unwrap();
     let arguments = ["--api-socket", "api.sock", "--config", "vm.json", "--boot"];
     let (status, _, err) = output(Command::new(rackvisor_binary()).args(arguments).current_dir(folder.path()));

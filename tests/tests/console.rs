@@ -170,7 +170,7 @@ fn run_ends_with_its_guest_and_its_exit_code_tells_a_crash() {
     assert_eq!(process.code(), Some(3));
     terminal.wait_for("the guest crashed: ");
     let mut config = Tiny::idle().config(folder.path());
-    config.boot.as_mut().unwrap().kernel = "absent".into();
+    config.boot.as_mut().unwrap().kernel = Some("absent".into());
     let process = run(&terminal, &config, folder.path());
     assert_eq!(process.code(), Some(1));
     terminal.wait_for("kernel absent: ");

@@ -75,7 +75,7 @@ impl Place {
         let path = self.folder.path().join("kernel");
         fs::write(&path, kernel(code)).unwrap();
         let mut config = VmConfig::new("tiny", ByteSize::mib(128));
-        config.boot = Some(BootConfig { kernel: path, initrd: None, cmdline: String::new() });
+        config.boot = Some(BootConfig::with_kernel(path));
         config
     }
 

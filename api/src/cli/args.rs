@@ -148,7 +148,7 @@ pub enum DiskCommand {
         #[command(flatten)]
         options: DiskOptions,
         /// Put a property back to its default (may be given several times)
-        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "queue_size", "direct", "serial", "slot", "cache", "wwid", "reservation", "on_error", "stall_after", "limits", "group", "affinity"])]
+        #[arg(long, value_name = "PROPERTY", value_parser = ["read_only", "queues", "queue_size", "direct", "serial", "slot", "boot_index", "cache", "wwid", "reservation", "on_error", "stall_after", "limits", "group", "affinity"])]
         unset: Vec<String>,
     },
     /// Remove a disk; what is on it stays
@@ -179,6 +179,9 @@ pub struct DiskOptions {
     /// The PCI slot, 1 to 30
     #[arg(long, value_name = "N")]
     pub slot: Option<u8>,
+    /// The place in the boot order of firmware, the lowest first
+    #[arg(long, value_name = "N")]
+    pub boot_index: Option<u16>,
     /// When a write counts as done
     #[arg(long, value_parser = one_of::<CacheMode>(&["writeback", "writethrough"]))]
     pub cache: Option<CacheMode>,
@@ -281,7 +284,7 @@ pub enum NicCommand {
         #[command(flatten)]
         options: NicOptions,
         /// Put a property back to its default (may be given several times)
-        #[arg(long, value_name = "PROPERTY", value_parser = ["queues", "queue_size", "mtu", "link", "slot", "antispoof", "vhost", "rss", "rx_limits", "tx_limits"])]
+        #[arg(long, value_name = "PROPERTY", value_parser = ["queues", "queue_size", "mtu", "link", "slot", "boot_index", "antispoof", "vhost", "rss", "rx_limits", "tx_limits"])]
         unset: Vec<String>,
     },
     /// Remove a NIC; its tap stays
@@ -330,6 +333,9 @@ pub struct NicOptions {
     /// The PCI slot, 1 to 30
     #[arg(long, value_name = "N")]
     pub slot: Option<u8>,
+    /// The place in the boot order of firmware, the lowest first
+    #[arg(long, value_name = "N")]
+    pub boot_index: Option<u16>,
 }
 
 /// One of these words, which are also what the API calls them.

@@ -87,6 +87,7 @@ fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
         direct: property(&options.direct, "direct", unset),
         serial: property(&options.serial, "serial", unset),
         slot: property(&options.slot, "slot", unset),
+        boot_index: property(&options.boot_index, "boot_index", unset),
         cache: property(&options.cache, "cache", unset),
         wwid: property(&options.wwid, "wwid", unset),
         reservation: property(&reservation, "reservation", unset),
@@ -136,5 +137,6 @@ fn nic_patch(options: &NicOptions, unset: &[String]) -> NicPatch {
         rx_limits: nic_limits(options.rx_packets, options.rx_bytes, "rx_limits", unset),
         tx_limits: nic_limits(options.tx_packets, options.tx_bytes, "tx_limits", unset),
         slot: property(&options.slot, "slot", unset),
+        boot_index: property(&options.boot_index, "boot_index", unset),
     }
 }

@@ -88,9 +88,11 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
         .map(|(_, name)| format!(", {name}"));
     facts.add("memory", format!("{}, pages {}{}", memory.size, word(&memory.hugepages), traits.collect::<String>()));
     if let Some(boot) = &config.boot {
-        facts.add("kernel", boot.kernel.display().to_string());
+        facts.add_some("kernel", boot.kernel.as_ref().map(|path| path.display().to_string()));
+        facts.add_some("firmware", boot.firmware.as_ref().map(|f| f.code.display().to_string()));
+        facts.add_some("variables", boot.firmware.as_ref().map(|f| f.vars.display().to_string()));
         facts.add_some("initrd", boot.initrd.as_ref().map(|path| path.display().to_string()));
-        facts.add("cmdline", &boot.cmdline);
+        facts.add_some("cmdline", boot.kernel.as_ref().map(|_| boot.cmdline.clone()));
     }
     for disk in &config.disks {
         facts.add(

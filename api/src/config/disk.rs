@@ -50,6 +50,10 @@ pub struct DiskConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 30)]
     pub slot: Option<u8>,
+    /// The place in the order in which firmware tries disks and NICs, the lowest first. Default: it is not in that order; if
+    /// none is, the firmware decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_index: Option<u16>,
     /// When a write counts as done.
     #[serde(default)]
     pub cache: CacheMode,
@@ -122,6 +126,7 @@ impl DiskConfig {
             direct: None,
             serial: None,
             slot: None,
+            boot_index: None,
             cache: CacheMode::default(),
             wwid: None,
             reservation: None,
@@ -217,6 +222,10 @@ pub struct DiskPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u8>)]
     pub slot: Patch<u8>,
+    /// Another `boot_index`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u16>)]
+    pub boot_index: Patch<u16>,
     /// Another `cache`; null goes back to the default.
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<CacheMode>)]
@@ -273,6 +282,7 @@ impl DiskPatch {
             direct: apply(&self.direct, &disk.direct),
             serial: apply(&self.serial, &disk.serial),
             slot: apply(&self.slot, &disk.slot),
+            boot_index: apply(&self.boot_index, &disk.boot_index),
             cache: set(self.cache, disk.cache, fresh.cache),
             wwid: apply(&self.wwid, &disk.wwid),
             reservation: apply(&self.reservation, &disk.reservation),

@@ -18,6 +18,7 @@ mod patch;
 mod reservation;
 mod serial;
 mod slots;
+mod smbios;
 mod tap_fds;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-pub use boot::{BootConfig, MAX_CMDLINE};
+pub use boot::{BootConfig, FirmwareConfig, MAX_CMDLINE, boot_order};
 pub use cpu_list::CpuList;
 pub use cpus::{CpusConfig, MAX_CPUS, Topology};
 pub use disk::{CacheMode, DiskConfig, DiskPatch, OnError};
@@ -40,6 +41,7 @@ pub use patch::Patch;
 pub use reservation::{BadKey, ReservationConfig, ReservationKey};
 pub use serial::{SerialConfig, SerialMode};
 pub use slots::{RNG_ID, slot_assignment};
+pub use smbios::{BadUuid, SmbiosConfig, Uuid};
 pub use tap_fds::{INHERITED_FDS, TapFds};
 
 use crate::problem::{Code, Pointer, Problem};
@@ -63,6 +65,9 @@ pub struct VmConfig {
     /// What the guest starts from. Needed at present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootConfig>,
+    /// How the machine introduces itself to the guest.
+    #[serde(default)]
+    pub smbios: SmbiosConfig,
     /// The disks, in the order in which the guest finds them.
     #[serde(default)]
     #[schema(max_items = 30)]
@@ -118,6 +123,7 @@ impl VmConfig {
             cpus: CpusConfig::default(),
             memory: MemoryConfig::new(memory),
             boot: None,
+            smbios: SmbiosConfig::default(),
             disks: Vec::new(),
             disk_groups: Vec::new(),
             nics: Vec::new(),
@@ -146,15 +152,9 @@ impl VmConfig {
         self.memory.check(&root.key("memory"))?;
         match &self.boot {
             Some(boot) => boot.check(&root.key("boot"))?,
-            None => {
-                return Err(Problem::new(
-                    Code::BootSourceMissing,
-                    "the configuration names nothing to boot from",
-                    "give boot.kernel",
-                )
-                .at(&root.key("boot")));
-            }
+            None => return Err(BootConfig::missing().at(&root.key("boot"))),
         }
+        self.smbios.check(&root.key("smbios"))?;
         for (i, disk) in self.disks.iter().enumerate() {
             disk.check(&root.key("disks").index(i))?;
         }
@@ -164,6 +164,7 @@ impl VmConfig {
         }
         self.serial.check(&root.key("serial"))?;
         self.check_unique()?;
+        self.check_boot_order()?;
         slot_assignment(self).map(drop)
     }
 
@@ -182,6 +183,22 @@ impl VmConfig {
             |(fds, at): (_, Pointer)| TapFds::inherited(fds).iter().enumerate().map(move |(i, n)| (n, at.index(i)));
         unique(inherited.flat_map(numbers), "descriptor")?;
         self.check_disk_paths()
+    }
+
+    /// Each place in the boot order is given once, and only firmware has one.
+    fn check_boot_order(&self) -> Result<(), Problem> {
+        let root = Pointer::root();
+        let disks = self.disks.iter().enumerate().map(|(i, disk)| (disk.boot_index, root.key("disks").index(i)));
+        let nics = self.nics.iter().enumerate().map(|(i, nic)| (nic.boot_index, root.key("nics").index(i)));
+        let indices = || disks.clone().chain(nics.clone()).filter_map(|(n, at)| Some((n?, at.key("boot_index"))));
+        let by_firmware = self.boot.as_ref().is_some_and(|boot| boot.firmware.is_some());
+        match indices().next() {
+            Some((_, at)) if !by_firmware => {
+                let detail = "the boot order is for firmware, and the guest starts from boot.kernel";
+                Err(Problem::invalid(&at, detail, "leave it out, or give boot.firmware instead of boot.kernel"))
+            }
+            _ => unique(indices(), "boot index"),
+        }
     }
 
     /// Groups are named once, and those that disks name exist.

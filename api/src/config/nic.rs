@@ -46,6 +46,10 @@ pub struct NicConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 30)]
     pub slot: Option<u8>,
+    /// The place in the order in which firmware tries disks and NICs, the lowest first. Default: it is not in that order; if
+    /// none is, the firmware decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_index: Option<u16>,
     /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
     #[serde(default)]
     #[schema(default = false)]
@@ -92,6 +96,7 @@ impl NicConfig {
             mtu: None,
             link: Link::default(),
             slot: None,
+            boot_index: None,
             antispoof: false,
             rss: false,
             vhost: false,
@@ -211,6 +216,10 @@ pub struct NicPatch {
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<u8>)]
     pub slot: Patch<u8>,
+    /// Another `boot_index`; null goes back to the default.
+    #[serde(default, skip_serializing_if = "Patch::is_keep")]
+    #[schema(value_type = Option<u16>)]
+    pub boot_index: Patch<u16>,
     /// Another `antispoof`; null goes back to the default.
     #[serde(default, skip_serializing_if = "Patch::is_keep")]
     #[schema(value_type = Option<bool>)]
@@ -261,6 +270,7 @@ impl NicPatch {
             mtu: apply(&self.mtu, &nic.mtu),
             link: set(self.link, nic.link, fresh.link),
             slot: apply(&self.slot, &nic.slot),
+            boot_index: apply(&self.boot_index, &nic.boot_index),
             antispoof: set(self.antispoof, nic.antispoof, fresh.antispoof),
             rss: set(self.rss, nic.rss, fresh.rss),
             vhost: set(self.vhost, nic.vhost, fresh.vhost),

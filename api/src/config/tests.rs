@@ -8,7 +8,7 @@ fn example(name: &str) -> String {
 
 fn with_devices(disks: usize, nics: usize) -> VmConfig {
     let mut config = VmConfig::new("vm1", ByteSize::gib(1));
-    config.boot = Some(BootConfig { kernel: "vmlinux".into(), initrd: None, cmdline: String::new() });
+    config.boot = Some(BootConfig::with_kernel("vmlinux"));
     config.disks = (0..disks).map(|i| DiskConfig::new(format!("d{i}"), format!("disk{i}"))).collect();
     config.nics = (0..nics)
         .map(|i| {
@@ -29,7 +29,7 @@ fn a_configuration_with_the_least_has_the_documented_defaults() {
         "disks":[{"id":"d","path":"p"}],"nics":[{"id":"n","tap":"t","mac":"02:00:00:00:00:01"}]}"#;
     let config = VmConfig::from_json(document).unwrap();
     let mut expected = VmConfig::new("a", ByteSize::mib(128));
-    expected.boot = Some(BootConfig { kernel: "k".into(), initrd: None, cmdline: String::new() });
+    expected.boot = Some(BootConfig::with_kernel("k"));
     expected.disks = vec![DiskConfig::new("d", "p")];
     expected.nics = vec![NicConfig::new("n", "t", "02:00:00:00:00:01".parse().unwrap())];
     assert_eq!(config, expected);
@@ -305,4 +305,36 @@ fn affinity_is_for_all_queues_or_for_each_and_a_stall_takes_a_second_at_least() 
         config.disks[0].stall_after = text.parse().unwrap();
         assert_eq!(config.validate().is_ok(), fits, "{text}");
     }
+}
+
+#[test]
+fn a_guest_starts_from_a_kernel_or_from_firmware_and_says_only_what_belongs_to_it() {
+    let at = |boot: &str| {
+        let document = format!(r#"{{"name":"a","memory":{{"size":"128MiB"}},"boot":{boot}}}"#);
+        VmConfig::from_json(document.as_bytes()).map_err(|problem| (problem.code, problem.pointer.unwrap()))
+    };
+    let refused = |boot: &str| at(boot).unwrap_err();
+    let invalid = |pointer: &str| (Code::InvalidValue, pointer.to_owned());
+    at(r#"{"firmware":{"code":"c","vars":"v"}}"#).unwrap();
+    assert_eq!(refused("{}"), (Code::BootSourceMissing, "/boot".into()));
+    assert_eq!(refused(r#"{"kernel":"k","firmware":{"code":"c","vars":"v"}}"#), invalid("/boot/firmware"));
+    assert_eq!(refused(r#"{"firmware":{"code":"c","vars":"c"}}"#), invalid("/boot/firmware/vars"));
+    assert_eq!(refused(r#"{"firmware":{"code":"","vars":"c"}}"#), invalid("/boot/firmware/code"));
+    assert_eq!(refused(r#"{"firmware":{"code":"c","vars":"v"},"cmdline":"x"}"#), invalid("/boot/cmdline"));
+    assert_eq!(refused(r#"{"firmware":{"code":"c","vars":"v"},"initrd":"x"}"#), invalid("/boot/initrd"));
+}
+
+#[test]
+fn the_boot_order_is_for_firmware_and_each_place_in_it_is_given_once() {
+    let mut config = VmConfig::from_file(example("uefi.toml")).unwrap();
+    assert_eq!(boot_order(&config), ["root", "net0"]);
+    config.nics[0].boot_index = Some(0);
+    assert_eq!(boot_order(&config), ["net0", "root"]);
+    config.nics[0].boot_index = Some(1);
+    let problem = config.validate().unwrap_err();
+    assert_eq!((problem.code, problem.pointer.as_deref()), (Code::Duplicate, Some("/nics/0/boot_index")));
+    config.nics[0].boot_index = None;
+    config.boot = Some(BootConfig::with_kernel("k"));
+    let problem = config.validate().unwrap_err();
+    assert_eq!((problem.code, problem.pointer.as_deref()), (Code::InvalidValue, Some("/disks/0/boot_index")));
 }

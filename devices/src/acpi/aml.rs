@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, chipset};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Window, chipset};
 
 /// Processors that three hexadecimal digits of a name can tell apart.
 pub(super) const PROCESSOR_LIMIT: usize = 0x1000;
@@ -84,11 +84,14 @@ fn windows(config: &AcpiConfig) -> Raw {
     let ports_below = AddressSpace::new_io(0u16, 0x0cf7, None);
     let ports_above = AddressSpace::new_io(0x0d00u16, 0xffff, None);
     let kind = AddressSpaceCacheable::NotCacheable;
-    let mmio32 = AddressSpace::new_memory(kind, true, low(config.mmio32.first), low(config.mmio32.last), None);
+    let window =
+        |window: &Window| raw(&AddressSpace::new_memory(kind, true, low(window.first), low(window.last), None));
+    let mmio32: Vec<Raw> = config.mmio32.iter().map(window).collect();
     let mmio64 = config.mmio64.map(|window| {
         AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, window.first, window.last, None)
     });
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &config_ports, &ports_below, &ports_above, &mmio32];
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &config_ports, &ports_below, &ports_above];
+    resources.extend(mmio32.iter().map(|window| window as &dyn Aml));
     if let Some(mmio64) = &mmio64 {
         resources.push(mmio64);
     }

@@ -89,7 +89,7 @@ impl Builder {
     }
 }
 
-fn put(tables: &mut [Table], table: usize, offset: usize, bytes: &[u8], size: usize) {
+pub(super) fn put(tables: &mut [Table], table: usize, offset: usize, bytes: &[u8], size: usize) {
     let field = tables.get_mut(table).and_then(|table| table.data.get_mut(offset..)).unwrap_or_default();
     for (to, from) in field.iter_mut().zip(bytes).take(size) {
         *to = *from;

@@ -1,12 +1,13 @@
 //! ACPI tables (ACPI 6.5 §5.2), built from the configuration by `acpi_tables`.
 //!
 //! [`AcpiTables::build`] makes each table apart, with a list of the addresses and checksums that depend on where tables
-//! come to lie: firmware is handed those (fw_cfg table-loader). For direct boot [`AcpiTables::place`] does the firmware's
+//! come to lie: firmware is handed those ([`AcpiTables::files`]). For direct boot [`AcpiTables::place`] does the firmware's
 //! part and gives one image for a base address.
 
 mod aml;
 mod fixed;
 mod layout;
+mod loader;
 
 use thiserror::Error;
 
@@ -47,14 +48,14 @@ impl Ecam {
 }
 
 /// What the tables are built from.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcpiConfig {
     /// Local APIC ID of each vCPU; its place is the processor's UID.
     pub apic_ids: Vec<u32>,
     /// PCI configuration space.
     pub ecam: Ecam,
     /// Where BARs below 4 GiB may lie.
-    pub mmio32: Window,
+    pub mmio32: Vec<Window>,
     /// Where BARs above 4 GiB may lie.
     pub mmio64: Option<Window>,
     /// Whether there is a COM1.
@@ -80,8 +81,8 @@ impl AcpiConfig {
         let ecam = Window { first: self.ecam.base, last: ecam_last };
         let bad = |window: &Window, name| AcpiError::Window { name, first: window.first, last: window.last };
         let overlaps = |window: &Window| window.first <= ecam.last && ecam.first <= window.last;
-        let low = &self.mmio32;
-        if low.first > low.last || low.last > u64::from(u32::MAX) || overlaps(low) {
+        let is_bad = |low: &&Window| low.first > low.last || low.last > u64::from(u32::MAX) || overlaps(low);
+        if let Some(low) = self.mmio32.iter().find(is_bad) {
             return Err(bad(low, "32-bit"));
         }
         if let Some(high) = &self.mmio64

@@ -7,7 +7,7 @@ fn config(processors: u32) -> AcpiConfig {
     AcpiConfig {
         apic_ids: (0..processors).collect(),
         ecam: Ecam { base: 0xb000_0000, last_bus: 255 },
-        mmio32: Window { first: 0xc000_0000, last: 0xfebf_ffff },
+        mmio32: vec![Window { first: 0xc000_0000, last: 0xfebf_ffff }],
         mmio64: Some(Window { first: 0x40_0000_0000, last: 0x7f_ffff_ffff }),
         serial: true,
         ioapic: AcpiConfig::IOAPIC,
@@ -176,9 +176,9 @@ fn configurations_that_tables_cannot_express_are_refused() {
     assert_eq!(build(|c| c.apic_ids.clear()), AcpiError::Processors(0));
     assert_eq!(build(|c| c.ecam.base = 0xb000_0001), AcpiError::Ecam(0xb000_0001));
     assert_eq!(build(|c| c.ecam.base = 0u64.wrapping_sub(1 << 20)), AcpiError::Ecam(0u64.wrapping_sub(1 << 20)));
-    assert!(matches!(build(|c| c.mmio32.last = 1), AcpiError::Window { name: "32-bit", .. }));
-    assert!(matches!(build(|c| c.mmio32.first = 0xbfff_ffff), AcpiError::Window { name: "32-bit", .. }));
-    assert!(matches!(build(|c| c.mmio64 = Some(c.mmio32)), AcpiError::Window { name: "64-bit", .. }));
+    assert!(matches!(build(|c| c.mmio32[0].last = 1), AcpiError::Window { name: "32-bit", .. }));
+    assert!(matches!(build(|c| c.mmio32[0].first = 0xbfff_ffff), AcpiError::Window { name: "32-bit", .. }));
+    assert!(matches!(build(|c| c.mmio64 = Some(c.mmio32[0])), AcpiError::Window { name: "64-bit", .. }));
     let tables = AcpiTables::build(&config(1)).unwrap();
     assert!(matches!(tables.place(0xe0001), Err(AcpiError::Place { .. })));
     assert!(matches!(tables.place(0xffff_ffc0), Err(AcpiError::Place { .. })));
@@ -234,4 +234,64 @@ fn iasl_disassembles_every_table_and_compiles_it_again_without_error_or_warning(
         }
         std::fs::remove_dir_all(&folder).unwrap();
     }
+}
+
+/// Does what firmware does with the files of the table loader; gives the RSDP and the other tables at their places.
+fn load(tables: &AcpiTables, places: [u64; 2]) -> [Vec<u8>; 2] {
+    let [loader, rsdp, others] = tables.files();
+    let names = [rsdp.name, others.name];
+    let mut files = [rsdp.data.to_vec(), others.data.to_vec()];
+    let index = |name: &[u8]| names.iter().position(|n| name.starts_with(format!("{n}\0").as_bytes())).unwrap();
+    let mut allocated = Vec::new();
+    for command in loader.data.chunks(128) {
+        let first = index(&command[4..60]);
+        match u32_at(command, 0) {
+            1 => {
+                assert!(places[first].is_multiple_of(u64::from(u32_at(command, 60))));
+                allocated.push((first, command[64]));
+            }
+            2 => {
+                let (offset, size) = (u32_at(command, 116) as usize, usize::from(command[120]));
+                let mut value = [0; 8];
+                value[..size].copy_from_slice(&files[first][offset..offset + size]);
+                let value = u64::from_le_bytes(value) + places[index(&command[60..116])];
+                files[first][offset..offset + size].copy_from_slice(&value.to_le_bytes()[..size]);
+            }
+            3 => {
+                let [at, start, length] = [60, 64, 68].map(|offset| u32_at(command, offset) as usize);
+                files[first][at] = sum(&files[first][start..start + length]).wrapping_neg();
+            }
+            other => panic!("command {other}"),
+        }
+    }
+    assert_eq!(allocated, [(0, 2), (1, 1)], "the RSDP where a BIOS looks for it, the others below 4 GiB");
+    files
+}
+
+#[test]
+fn firmware_that_loads_the_files_gets_the_tables_that_a_direct_boot_has() {
+    for processors in [1, 4, 254] {
+        let tables = AcpiTables::build(&config(processors)).unwrap();
+        let placed = tables.place(0xf0000).unwrap();
+        // The file of the others begins with the FACS, which a direct boot has 64 bytes behind the RSDP.
+        let [rsdp, others] = load(&tables, [0xf0000, 0xf0040]);
+        assert_eq!(rsdp, placed.image[..36]);
+        assert!(others == placed.image[64..], "{processors}");
+    }
+}
+
+#[test]
+fn several_windows_below_4_gib_leave_the_configuration_space_out() {
+    let mut config = config(1);
+    config.ecam.base = 0xe000_0000;
+    config.mmio32 =
+        vec![Window { first: 0x8000_0000, last: 0xdfff_ffff }, Window { first: 0xf000_0000, last: 0xfbff_ffff }];
+    let tables = AcpiTables::build(&config).unwrap();
+    let dsdt = &tables.tables().iter().find(|table| table.name == "DSDT").unwrap().data;
+    for window in &config.mmio32 {
+        let bounds = [window.first as u32, window.last as u32].map(u32::to_le_bytes);
+        assert!(dsdt.windows(8).any(|bytes| bytes == bounds.as_flattened()), "{window:x?}");
+    }
+    config.mmio32[1].first -= 1;
+    assert!(matches!(AcpiTables::build(&config), Err(AcpiError::Window { .. })));
 }

@@ -2,7 +2,9 @@
 //!
 //! The FADT says that there is none, so Linux and Windows do not look for it. What still touches it: reset code (command
 //! 0xFE, after a wait for the input buffer to be empty), A20 code of boot loaders, firmware. Nothing here ever stays
-//! busy: the input buffer is always empty, and a byte for the absent keyboard or mouse is answered by a time-out at once.
+//! busy: the input buffer is always empty, and a byte for the absent keyboard or mouse is answered by a time-out at once. While
+//! nothing is to be read, the status shows a time-out together with a parity error: edk2 takes that for "no keyboard" and does not
+//! spend a boot on asking for one.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,6 +15,7 @@ const STATUS_SYSTEM: u8 = 1 << 2;
 const STATUS_COMMAND: u8 = 1 << 3;
 const STATUS_UNLOCKED: u8 = 1 << 4;
 const STATUS_TIMEOUT: u8 = 1 << 6;
+const STATUS_PARITY: u8 = 1 << 7;
 
 /// What the keyboard lines answer when nobody does: "resend".
 const NO_DEVICE: u8 = 0xfe;
@@ -82,6 +85,7 @@ impl State {
             (self.output.is_some(), STATUS_OUTPUT_FULL),
             (self.command, STATUS_COMMAND),
             (self.timeout, STATUS_TIMEOUT),
+            (self.output.is_none(), STATUS_TIMEOUT | STATUS_PARITY),
         ] {
             status |= if set { bit } else { 0 };
         }

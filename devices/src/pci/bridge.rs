@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::config::{ConfigSpace, Identity};
+use super::config::{COMMAND, COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY, ConfigSpace, Identity};
 use super::{BarKind, BarMapping, ConfigEffect, PciFunction};
 use crate::bus::BusDevice;
 use crate::virtio::StillBusy;
@@ -175,6 +175,8 @@ impl LpcBridge {
     #[must_use]
     pub fn new() -> Self {
         let mut config = ConfigSpace::new(&LPC);
+        // Always on (ICH9 datasheet §13.1.3). Firmware that finds ports off looks for no serial port behind them.
+        config.define(COMMAND, &(COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
         config.define(ich9::PMBASE, &(u32::from(PM_BASE) | ich9::PMBASE_IO).to_le_bytes());
         config.make_writable(ich9::PMBASE, &ich9::PMBASE_WRITABLE.to_le_bytes());
         config.define(ich9::ACPI_CNTL, &[ich9::ACPI_ENABLE]);

@@ -196,6 +196,7 @@ fn ports_and_ecam_reach_the_same_registers() {
     }
     assert_eq!(machine.ports(0, 0), 0x29c0_8086);
     assert_eq!(machine.ports(0x1f, 0), 0x2918_8086);
+    assert_eq!(machine.ports(0x1f, 0x04) & 7, 7, "the LPC bridge decodes ports and memory");
     assert_eq!(machine.ports(0x1f, 0x0c) & 0x80_0000, 0, "the LPC bridge is its device's only function");
     assert_eq!(machine.ports(3, 0), 0x0007_1234);
     assert_eq!(machine.ports(4, 0), u32::MAX, "an empty slot");

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # lab and work are run's
-# Sourced by run: the lab's kernel and initrd.
+# Sourced by run: the lab's kernel and initrd, and what is loaded into its QEMU.
 
 # Sets kernel_version to the newest installed stock (not cloud, not rt) kernel.
 find_kernel() {
@@ -18,21 +18,24 @@ find_kernel() {
         die "/lib/modules/$kernel_version is missing; reinstall the linux-image package"
 }
 
-# Sets kernel_image and initrd_image to cached files, made now if they are not there.
+# Sets kernel_image, initrd_image and qemu_preload to cached files, made now if they are not there.
 prepare_images() {
     local cache key
     cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/rackvisor-lab
     mkdir -p "$cache"
-    key=$(cat "$lab/guest/init" "$lab/host/image.sh" <(stat -c '%Y %s' "/boot/vmlinuz-$kernel_version" \
+    key=$(cat "$lab/guest/init" "$lab/host/image.sh" "$lab/host/qemu-cr8.c" <(stat -c '%Y %s' "/boot/vmlinuz-$kernel_version" \
         "/lib/modules/$kernel_version/modules.dep" "$(busybox_path)") | sha256sum | cut -c 1-16)
     kernel_image=$cache/vmlinux-$kernel_version-$key
     initrd_image=$cache/initrd-$kernel_version-$key
-    [[ -s $kernel_image && -s $initrd_image ]] && return
+    qemu_preload=$cache/qemu-cr8-$key.so
+    [[ -s $kernel_image && -s $initrd_image && -s $qemu_preload ]] && return
     find "$cache" -maxdepth 1 -type f -mtime +7 -delete
     make_kernel >"$kernel_image.$$"
     mv "$kernel_image.$$" "$kernel_image"
     make_initrd "$initrd_image.$$"
     mv "$initrd_image.$$" "$initrd_image"
+    gcc -shared -fPIC -O2 -o "$qemu_preload.$$" "$lab/host/qemu-cr8.c"
+    mv "$qemu_preload.$$" "$qemu_preload"
 }
 
 # The uncompressed ELF kernel out of the bzImage: TCG would take seconds to unpack it at each boot.

@@ -52,9 +52,9 @@ start_qemu() {
         # shellcheck disable=SC2054
         args+=(-chardev stdio,id=terminal,signal=off -device virtio-serial-pci
             -device virtconsole,chardev=terminal)
-        setpriv --pdeathsig KILL "$qemu" "${args[@]}" "${extra[@]}" <&0 2>"$work/qemu.log" &
+        LD_PRELOAD=$qemu_preload setpriv --pdeathsig KILL "$qemu" "${args[@]}" "${extra[@]}" <&0 2>"$work/qemu.log" &
     else
-        setpriv --pdeathsig KILL "$qemu" "${args[@]}" "${extra[@]}" </dev/null >"$work/qemu.log" 2>&1 &
+        LD_PRELOAD=$qemu_preload setpriv --pdeathsig KILL "$qemu" "${args[@]}" "${extra[@]}" </dev/null >"$work/qemu.log" 2>&1 &
     fi
     qemu_pid=$!
 }

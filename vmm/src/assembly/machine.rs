@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use rackvisor_api::config::{RNG_ID, VmConfig, slot_assignment};
-use rackvisor_api::problem::{Code, Problem};
+use rackvisor_api::config::{BootConfig, RNG_ID, VmConfig, slot_assignment};
 use rackvisor_devices::virtio::VirtioDevice;
 use rackvisor_devices::virtio::pci::VirtioPci;
 use rackvisor_devices::virtio::rng::VirtioRng;
@@ -27,10 +26,18 @@ pub struct Machine {
     inventory: Inventory,
     platform: Platform,
     console: LiveConsole,
-    images: BootImages,
+    /// What a direct boot loads, and the configuration that its tables follow from.
+    direct: Option<Direct>,
     chipset_state: ChipsetState,
     vm: Arc<VmFd>,
     ram: Ram,
+}
+
+/// A boot without firmware.
+struct Direct {
+    images: BootImages,
+    config: VmConfig,
+    apic_ids: Vec<u32>,
 }
 
 impl Machine {
@@ -39,16 +46,22 @@ impl Machine {
     /// # Errors
     /// [`AssemblyError`]; everything is given back then.
     pub fn assemble(config: &VmConfig, host: &Host) -> Result<Self, AssemblyError> {
-        let boot = config.boot.as_ref().ok_or_else(no_boot)?;
+        let boot = config.boot.as_ref().ok_or_else(|| AssemblyError::Config(BootConfig::missing()))?;
         let images = BootImages::open(boot)?;
         let kvm = kvm::open()?;
         let ram = Ram::new(&config.memory)?;
-        let loading = Loading::begin(images, ram.shared(), ram.size(), &*host.spawner);
-        let loading = loading.map_err(|e| AssemblyError::host("thread for the images")(&e))?;
+        let begin = |images| Loading::begin(images, ram.shared(), ram.size(), &*host.spawner);
+        let loading = images.map(begin).transpose().map_err(|e| AssemblyError::host("thread for the images")(&e))?;
         let vm = kvm::create_vm(&kvm, &ram)?;
-        let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus)?;
+        let by_firmware = boot.firmware.is_some();
+        if by_firmware {
+            kvm::rom::check(&kvm)?;
+        }
+        let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus, by_firmware)?;
+        let apic_ids = new_vcpus.apic_ids.clone();
         let console = LiveConsole::open(&config.serial, host)?;
-        let platform = platform::build(config, &vm, &new_vcpus.apic_ids, &console)?;
+        let mut platform = platform::build(config, &vm, &console)?;
+        platform.add_firmware(config, host, &vm, ram.shared(), &apic_ids)?;
         let mut inventory = Inventory::new(console.pty_path());
         let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
@@ -57,17 +70,21 @@ impl Machine {
         let vcpus = new_vcpus.start(&platform.for_vcpus(), &host.vcpu_events, &*host.spawner)?;
         inventory.metrics.push(vcpus.metrics());
         let chipset_state = ChipsetState::save(&vm)?;
-        let (images, loaded) = loading.finish()?;
-        let machine = Self { vcpus, inventory, platform, console, images, chipset_state, vm, ram };
-        machine.enter(&loaded)?;
+        let (direct, loaded) = match loading.map(Loading::finish).transpose()? {
+            Some((images, loaded)) => (Some(Direct { images, config: config.clone(), apic_ids }), Some(loaded)),
+            None => (None, None),
+        };
+        let machine = Self { vcpus, inventory, platform, console, direct, chipset_state, vm, ram };
+        machine.enter(loaded.as_ref())?;
         Ok(machine)
     }
 
-    /// Describes the machine to the loaded guest and puts the vCPUs at its entry.
-    fn enter(&self, loaded: &LoadedImages) -> Result<(), AssemblyError> {
-        let rsdp = self.platform.write_acpi(self.ram.map())?;
-        let entry = self.images.describe(loaded, self.ram.map(), self.ram.size(), rsdp)?;
-        Ok(self.vcpus.reset(&entry)?)
+    /// Describes the machine to a kernel that is loaded and puts the vCPUs at its entry, or where firmware starts.
+    fn enter(&self, loaded: Option<&LoadedImages>) -> Result<(), AssemblyError> {
+        let (Some(direct), Some(loaded)) = (&self.direct, loaded) else { return Ok(self.vcpus.reset(None)?) };
+        let rsdp = self.platform.write_tables(&direct.config, &direct.apic_ids, self.ram.map())?;
+        let entry = direct.images.describe(loaded, self.ram.map(), self.ram.size(), rsdp)?;
+        Ok(self.vcpus.reset(Some(&entry))?)
     }
 
     /// Lets the guest run.
@@ -114,8 +131,9 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), AssemblyError> {
         self.platform.reset()?;
         self.chipset_state.restore(&self.vm)?;
-        let loaded = self.images.load(self.ram.map(), self.ram.size())?;
-        self.enter(&loaded)
+        let load = |direct: &mut Direct| direct.images.load(self.ram.map(), self.ram.size());
+        let loaded = self.direct.as_mut().map(load).transpose()?;
+        self.enter(loaded.as_ref())
     }
 
     /// Presses the power button.
@@ -192,9 +210,4 @@ fn attach_devices(config: &VmConfig, sockets: &Sockets<'_>, inventory: &mut Inve
         sockets.plug(inventory, slot, &id, device)?;
     }
     Ok(())
-}
-
-fn no_boot() -> AssemblyError {
-    let detail = "the configuration names nothing to boot from";
-    AssemblyError::Config(Problem::new(Code::BootSourceMissing, detail, "give boot.kernel"))
 }

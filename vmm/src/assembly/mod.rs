@@ -4,11 +4,13 @@
 
 mod console;
 mod disks;
+mod firmware;
 mod inventory;
 mod limits;
 mod machine;
 mod nics;
 mod platform;
+mod tables;
 mod taps;
 
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use std::sync::Arc;
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_devices::block::BlockError;
 use rackvisor_devices::console::ConsoleError;
+use rackvisor_devices::firmware::FirmwareError;
 use rackvisor_devices::net::{NetError, TapError};
 use rackvisor_devices::virtio::{StartError, StillBusy};
 use rackvisor_devices::{DeviceNotifier, ThreadSpawner};
@@ -73,6 +76,9 @@ pub enum AssemblyError {
     /// Kernel or initrd.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// Firmware and its variables.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
     /// A disk.
     #[error("disk \"{id}\": {source}")]
     Disk {
@@ -130,11 +136,13 @@ impl From<AssemblyError> for Problem {
             AssemblyError::Memory(_) => (Code::OutOfResources, "the detail names what to change"),
             AssemblyError::Boot(_) => (Code::BadImage, "the detail names what to change"),
             AssemblyError::Disk { source: BlockError::Locked { .. }, .. }
+            | AssemblyError::Firmware(FirmwareError::Open(BlockError::Locked { .. }))
             | AssemblyError::Tap { source: TapError::Busy(_), .. }
             | AssemblyError::Console(ConsoleError::InUse { .. }) => (Code::InUse, "end whoever uses it"),
             AssemblyError::Disk { source: BlockError::Reservation(taken), .. } if taken.is_by_others() => {
                 (Code::InUse, "end what the other host runs on it, or set reservation.preempt of the disk")
             }
+            AssemblyError::Firmware(_) => (Code::BadImage, "the detail names what to change"),
             AssemblyError::Disk { .. }
             | AssemblyError::Nic { .. }
             | AssemblyError::Tap { .. }

@@ -1,18 +1,19 @@
-//! The chipset, the PCI root and the ACPI tables.
+//! The chipset, the PCI root and the firmware.
 
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use rackvisor_api::config::VmConfig;
-use rackvisor_devices::acpi::{AcpiConfig, AcpiTables, Ecam, Window};
+use rackvisor_devices::GuestMemory;
 use rackvisor_devices::bus::Bus;
-use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, PowerManagement, SCI_IRQ};
+use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, DebugSink, PowerManagement, SCI_IRQ};
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
-use rackvisor_devices::pci::{PciFunction, Root, Windows};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use rackvisor_devices::pci::{PciFunction, Root};
+use vm_memory::GuestMemoryMmap;
 
-use super::AssemblyError;
 use super::console::LiveConsole;
+use super::firmware::{Board, Firmware, FirmwareLog};
+use super::{AssemblyError, Host, tables};
 use crate::cpu::vcpu;
 use crate::kvm::interrupts::KvmLine;
 use crate::kvm::ioevents::KvmIoEvents;
@@ -20,11 +21,6 @@ use crate::memory::layout;
 
 const HOST_BRIDGE_SLOT: u8 = 0;
 const LPC_SLOT: u8 = 0x1f;
-/// The last bus that the guest is told of. There is only bus 0, and Linux looks for devices on every bus that MCFG names:
-/// with 255 that costs a boot 16 000 exits.
-const LAST_BUS: u8 = 0;
-/// Ports for I/O BARs.
-const PCI_PORTS: std::ops::Range<u64> = 0xc000..0x1_0000;
 
 /// What is there before any device is plugged in.
 pub struct Platform {
@@ -32,7 +28,8 @@ pub struct Platform {
     mmio: Arc<Bus>,
     root: Arc<Root>,
     chipset: Chipset,
-    apic_ids: Vec<u32>,
+    bridge: Arc<HostBridge>,
+    firmware: Option<Firmware>,
     ram_size: u64,
 }
 
@@ -40,12 +37,8 @@ pub struct Platform {
 ///
 /// # Errors
 /// [`AssemblyError::Host`] if two parts claim the same registers, which is a bug of the VMM.
-pub fn build(
-    config: &VmConfig,
-    vm: &Arc<VmFd>,
-    apic_ids: &[u32],
-    console: &LiveConsole,
-) -> Result<Platform, AssemblyError> {
+pub fn build(config: &VmConfig, vm: &Arc<VmFd>, console: &LiveConsole) -> Result<Platform, AssemblyError> {
+    let by_firmware = config.boot.as_ref().is_some_and(|boot| boot.firmware.is_some());
     let ram_size = config.memory.size.bytes();
     let ram_below_4g = ram_size.min(layout::RAM_32BIT_END);
     let line = |gsi| Arc::new(KvmLine::new(Arc::clone(vm), gsi));
@@ -53,24 +46,25 @@ pub fn build(
         ram_below_4g,
         ram_above_4g: ram_size - ram_below_4g,
         rtc_offset_seconds: 0,
-        acpi_from_reset: true,
+        acpi_from_reset: !by_firmware,
         sci: line(SCI_IRQ),
         serial: Some((line(COM1_IRQ), console.output())),
-        debug: None,
+        debug: by_firmware.then(|| -> Arc<dyn DebugSink> { Arc::new(FirmwareLog) }),
     });
     let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
     let root = Arc::new(Root::new(Arc::clone(&mmio), Arc::clone(&pio), Arc::new(KvmIoEvents(Arc::clone(vm)))));
     let conflict = |e| AssemblyError::host("chipset")(&e);
     chipset.attach(&pio).map_err(conflict)?;
     root.claim_config_ports(Some(Arc::clone(&chipset.reset_control) as _)).map_err(conflict)?;
-    let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::new(Some(layout::ECAM), root.ecam()));
-    for (slot, function) in [(HOST_BRIDGE_SLOT, bridge), (LPC_SLOT, Arc::new(LpcBridge::new()) as _)] {
+    let bridge = Arc::new(HostBridge::new((!by_firmware).then_some(layout::ECAM), root.ecam()));
+    let function = Arc::clone(&bridge) as Arc<dyn PciFunction>;
+    for (slot, function) in [(HOST_BRIDGE_SLOT, function), (LPC_SLOT, Arc::new(LpcBridge::new()) as _)] {
         root.insert(slot, function).map_err(|e| AssemblyError::host("chipset")(&e))?;
     }
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
-    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), ram_size })
+    Ok(Platform { pio, mmio, root, chipset, bridge, firmware: None, ram_size })
 }
 
 impl Platform {
@@ -92,42 +86,55 @@ impl Platform {
         vcpu::Platform { pio: Arc::clone(&self.pio), mmio: Arc::clone(&self.mmio), pci: Arc::clone(&self.root) }
     }
 
-    /// Gives every BAR its place, as firmware would.
+    /// Plugs the firmware in, if the guest starts by one.
+    ///
+    /// # Errors
+    /// [`AssemblyError`].
+    pub fn add_firmware(
+        &mut self,
+        config: &VmConfig,
+        host: &Host,
+        vm: &Arc<VmFd>,
+        memory: GuestMemory,
+        apic_ids: &[u32],
+    ) -> Result<(), AssemblyError> {
+        let Some(wanted) = config.boot.as_ref().and_then(|boot| boot.firmware.as_ref()) else { return Ok(()) };
+        let tables = self.tables(apic_ids, true);
+        let board = Board { vm, memory, pio: &self.pio, mmio: &self.mmio, tables };
+        self.firmware = Some(Firmware::attach(wanted, config, host, board)?);
+        Ok(())
+    }
+
+    /// Gives every BAR its place, as firmware would; or leaves it to the firmware.
     ///
     /// # Errors
     /// [`AssemblyError::Host`] when the windows are full.
     pub fn assign_bars(&self) -> Result<(), AssemblyError> {
-        let range = |(start, length): (u64, u64)| start..start + length;
-        let windows = Windows {
-            low: range(layout::PCI_32BIT),
-            high: range(layout::pci_64bit_window(self.ram_size)),
-            io: PCI_PORTS,
-        };
-        self.root.assign_bars(&windows).map_err(|e| AssemblyError::host("PCI")(&e))
+        if self.firmware.is_some() {
+            self.root.set_windows(layout::firmware_windows(self.ram_size));
+            return Ok(());
+        }
+        self.root.assign_bars(&layout::direct_windows(self.ram_size)).map_err(|e| AssemblyError::host("PCI")(&e))
     }
 
-    /// Writes the ACPI tables; gives the address of the root pointer.
+    /// Writes the tables for a direct boot; gives the address of the ACPI root pointer.
     ///
     /// # Errors
     /// [`AssemblyError::Host`] if they do not fit their place.
-    pub fn write_acpi(&self, memory: &GuestMemoryMmap) -> Result<u64, AssemblyError> {
-        let failed = |e: &dyn std::fmt::Display| AssemblyError::host("ACPI tables")(e);
-        let window = |(first, length): (u64, u64)| Window { first, last: first + (length - 1) };
-        let tables = AcpiTables::build(&AcpiConfig {
-            apic_ids: self.apic_ids.clone(),
-            ecam: Ecam { base: layout::ECAM, last_bus: LAST_BUS },
-            mmio32: window(layout::PCI_32BIT),
-            mmio64: Some(window(layout::pci_64bit_window(self.ram_size))),
-            serial: true,
-            ioapic: layout::IOAPIC,
-            ioapic_id: 0,
-        });
-        let placed = tables.and_then(|t| t.place(layout::ACPI_TABLES)).map_err(|e| failed(&e))?;
-        if layout::ACPI_TABLES + placed.image.len() as u64 > layout::BIOS_END {
-            return Err(failed(&"they do not fit below 1 MiB: give the VM fewer vCPUs"));
-        }
-        memory.write_slice(&placed.image, GuestAddress(placed.base)).map_err(|e| failed(&e))?;
-        Ok(placed.rsdp)
+    pub fn write_tables(
+        &self,
+        config: &VmConfig,
+        apic_ids: &[u32],
+        memory: &GuestMemoryMmap,
+    ) -> Result<u64, AssemblyError> {
+        tables::write_smbios(&tables::smbios(config), memory)?;
+        self.tables(apic_ids, false).write(memory)
+    }
+
+    fn tables(&self, apic_ids: &[u32], by_firmware: bool) -> tables::Platform {
+        let bridge = Arc::clone(&self.bridge);
+        let root = by_firmware.then(|| Arc::downgrade(&self.root));
+        tables::Platform { apic_ids: apic_ids.to_vec(), ram: self.ram_size, bridge, root }
     }
 
     /// Back to power-on. Devices must have drained.
@@ -136,6 +143,9 @@ impl Platform {
     /// [`AssemblyError::Host`] if a device is still busy.
     pub fn reset(&self) -> Result<(), AssemblyError> {
         self.chipset.reset();
+        if let Some(firmware) = &self.firmware {
+            firmware.reset();
+        }
         self.root.reset().map_err(|busy| AssemblyError::host("reset")(&busy))?;
         self.assign_bars()
     }

@@ -92,16 +92,17 @@ pub struct LoadedImages {
 }
 
 impl BootImages {
-    /// Opens what `config` names.
+    /// Opens what `config` names; nothing if the guest starts from firmware.
     ///
     /// # Errors
     /// [`ImageError`] for the first file that is not right.
-    pub fn open(config: &BootConfig) -> Result<Self, ImageError> {
-        Ok(Self {
-            kernel: KernelImage::open(&config.kernel)?,
+    pub fn open(config: &BootConfig) -> Result<Option<Self>, ImageError> {
+        let Some(kernel) = &config.kernel else { return Ok(None) };
+        Ok(Some(Self {
+            kernel: KernelImage::open(kernel)?,
             initrd: config.initrd.as_deref().map(Initrd::open).transpose()?,
             command_line: config.cmdline.clone(),
-        })
+        }))
     }
 
     /// Loads kernel and initrd into `memory`, which has `ram` bytes, for a boot or a reboot.

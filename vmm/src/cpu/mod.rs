@@ -74,11 +74,11 @@ pub struct NewVcpus {
 }
 
 impl NewVcpus {
-    /// Makes the vCPUs that `config` asks for.
+    /// Makes the vCPUs that `config` asks for. `by_firmware` leaves to the firmware what it sets on every CPU.
     ///
     /// # Errors
     /// [`CpuError`].
-    pub fn create(kvm: &Kvm, vm: &VmFd, config: &CpusConfig) -> Result<Self, CpuError> {
+    pub fn create(kvm: &Kvm, vm: &VmFd, config: &CpusConfig, by_firmware: bool) -> Result<Self, CpuError> {
         let ids = ApicIds::new(config.topology());
         let apic_ids: Vec<u32> = (0..config.count).map(|index| ids.of(index)).collect();
         check_limits(kvm, &apic_ids)?;
@@ -99,7 +99,9 @@ impl NewVcpus {
                 }
             };
             fd.set_cpuid2(&model.for_vcpu(*id)?).map_err(refused("the CPUID of a vCPU"))?;
-            state::set_firmware_state(&fd)?;
+            if !by_firmware {
+                state::set_firmware_state(&fd)?;
+            }
             let power_on = PowerOnState::save(kvm, &fd)?;
             Ok((fd, power_on))
         });
@@ -186,12 +188,13 @@ impl VcpuSet {
         self.all(|_, done| Command::Park(done))
     }
 
-    /// Brings all vCPUs to power-on and the first to `entry`. They must be stopped.
+    /// Brings all vCPUs to power-on and the first to `entry`: without one it starts where the processor does, below 4 GiB (Intel
+    /// SDM vol. 3 §10.1.4). They must be stopped.
     ///
     /// # Errors
     /// [`CpuError`]; the guest must not be started then.
-    pub fn reset(&self, entry: &Entry) -> Result<(), CpuError> {
-        self.all(|index, done| Command::Reset((index == 0).then_some(*entry), done))
+    pub fn reset(&self, entry: Option<&Entry>) -> Result<(), CpuError> {
+        self.all(|index, done| Command::Reset(entry.filter(|_| index == 0).copied(), done))
     }
 
     /// Sends a non-maskable interrupt to every vCPU, as the button on a server does.

@@ -4,6 +4,7 @@
 pub mod chipset;
 pub mod interrupts;
 pub mod ioevents;
+pub mod rom;
 
 use std::sync::Arc;
 

@@ -1,5 +1,6 @@
 //! Where things are in the guest's physical address space (DESIGN §5). Follows from the configuration alone.
 
+use rackvisor_devices::pci::Windows;
 use vm_memory::GuestAddress;
 
 const KIB: u64 = 1 << 10;
@@ -10,6 +11,10 @@ const GIB: u64 = 1 << 30;
 pub const LOW_RAM_END: u64 = 640 * KIB;
 /// Where the direct boot places ACPI tables: the BIOS area in which an OS looks for the RSDP (ACPI 6.5 §5.2.5.1).
 pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Where the direct boot places the SMBIOS entry point: where an OS looks for it (DSP0134 3.6 §5.2.2).
+pub const SMBIOS: u64 = 0xf_0000;
+/// And the structures behind it.
+pub const SMBIOS_TABLES: u64 = SMBIOS + 0x20;
 /// End of the BIOS area.
 pub const BIOS_END: u64 = MIB;
 /// Start of extended memory.
@@ -31,6 +36,10 @@ pub const IOAPIC: u32 = 0xfec0_0000;
 pub const KVM_TSS: usize = 0xfeff_d000;
 /// Page that KVM needs on Intel hosts for an identity map.
 pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
+/// All of these pages: first address and bytes.
+pub const KVM_PAGES: (u64, u64) = (KVM_IDENTITY_MAP, 4 << 12);
+/// Ports for I/O BARs.
+pub const PCI_PORTS: std::ops::Range<u64> = 0xc000..0x1_0000;
 /// Size of the 64-bit window for BARs. It follows RAM, aligned to its own size.
 pub const PCI_64BIT_SIZE: u64 = 64 * GIB;
 
@@ -59,6 +68,20 @@ pub fn ram_ranges(size: u64) -> Vec<RamRange> {
 pub fn pci_64bit_window(size: u64) -> (u64, u64) {
     let end = RAM_64BIT_START.saturating_add(size.saturating_sub(RAM_32BIT_END));
     (end.next_multiple_of(PCI_64BIT_SIZE), PCI_64BIT_SIZE)
+}
+
+/// Where BARs lie for a guest with `size` bytes of RAM that boots without firmware.
+#[must_use]
+pub fn direct_windows(size: u64) -> Windows {
+    let range = |(start, length): (u64, u64)| start..start + length;
+    Windows { low: range(PCI_32BIT), high: range(pci_64bit_window(size)), io: PCI_PORTS }
+}
+
+/// Where firmware may place BARs for a guest with `size` bytes of RAM: wherever there is no RAM and nothing of the chipset.
+#[must_use]
+pub fn firmware_windows(size: u64) -> Windows {
+    let (low, high) = (size.min(RAM_32BIT_END), RAM_64BIT_START.saturating_add(size.saturating_sub(RAM_32BIT_END)));
+    Windows { low: low..PCI_32BIT.0 + PCI_32BIT.1, high: high..u64::MAX, io: 0..1 << 16 }
 }
 
 /// What an entry of the memory map is for; values as in e820 (ACPI 6.5 §15.1).

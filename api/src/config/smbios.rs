@@ -1,0 +1,172 @@
+//! How the machine introduces itself to the guest (SMBIOS).
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::problem::{Pointer, Problem};
+use crate::text::text_type;
+
+/// The most bytes of each text.
+const MAX_TEXT: usize = 64;
+
+/// How the machine introduces itself to the guest: SMBIOS structures 1 (system) and 3 (chassis). Texts are 1 to 64 bytes of
+/// printable ASCII.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SmbiosConfig {
+    /// The manufacturer. Default: `Rackvisor`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub manufacturer: Option<String>,
+    /// The product. Default: `Virtual Machine`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub product: Option<String>,
+    /// The version of the product. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub version: Option<String>,
+    /// The serial number. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub serial: Option<String>,
+    /// The stock keeping unit. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub sku: Option<String>,
+    /// The family of products. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub family: Option<String>,
+    /// The asset tag of the chassis. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub asset_tag: Option<String>,
+    /// The identity of the machine. Default: the guest is told that there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<Uuid>,
+}
+
+impl SmbiosConfig {
+    pub(super) fn check(&self, at: &Pointer) -> Result<(), Problem> {
+        let Self { manufacturer, product, version, serial, sku, family, asset_tag, uuid: _ } = self;
+        let texts = [
+            ("manufacturer", manufacturer),
+            ("product", product),
+            ("version", version),
+            ("serial", serial),
+            ("sku", sku),
+            ("family", family),
+            ("asset_tag", asset_tag),
+        ];
+        let fits =
+            |text: &String| (1..=MAX_TEXT).contains(&text.len()) && text.bytes().all(|b| (0x20..0x7f).contains(&b));
+        match texts.into_iter().find(|(_, text)| text.as_ref().is_some_and(|text| !fits(text))) {
+            Some((name, _)) => Err(Problem::invalid(
+                &at.key(name),
+                "this text is not possible",
+                format!("use 1 to {MAX_TEXT} bytes of printable ASCII, or leave it out"),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A universally unique identifier (RFC 9562). Reads and prints `6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Uuid([u8; 16]);
+
+/// Why a text is no UUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadUuid;
+
+impl fmt::Display for BadUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "not a UUID: write 32 hexadecimal digits in groups of 8, 4, 4, 4 and 12, such as \
+             \"6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0\"",
+        )
+    }
+}
+
+impl std::error::Error for BadUuid {}
+
+impl Uuid {
+    /// The bytes, in the order in which they are written.
+    pub const fn bytes(self) -> [u8; 16] {
+        self.0
+    }
+}
+
+impl FromStr for Uuid {
+    type Err = BadUuid;
+
+    fn from_str(text: &str) -> Result<Self, BadUuid> {
+        let groups: Vec<&str> = text.split('-').collect();
+        let digits = groups.concat();
+        let grouped = groups.iter().map(|group| group.len()).eq([8, 4, 4, 4, 12]);
+        if !grouped || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(BadUuid);
+        }
+        u128::from_str_radix(&digits, 16).map(|value| Self(value.to_be_bytes())).map_err(|_| BadUuid)
+    }
+}
+
+impl fmt::Display for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g, h, i, node @ ..] = self.0;
+        write!(f, "{a:02x}{b:02x}{c:02x}{d:02x}-{e:02x}{g:02x}-{h:02x}{i:02x}-")?;
+        for (index, byte) in node.into_iter().enumerate() {
+            write!(f, "{}{byte:02x}", if index == 2 { "-" } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Uuid({self})")
+    }
+}
+
+text_type! {
+    Uuid,
+    example: "6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0",
+    pattern: "^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$",
+    description: "A universally unique identifier (RFC 9562)."
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_reads_back_what_it_prints_and_nothing_else_is_one() {
+        let text = "6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0";
+        let uuid: Uuid = text.to_uppercase().parse().unwrap();
+        assert_eq!((uuid.to_string().as_str(), uuid.bytes()[0], uuid.bytes()[15]), (text, 0x6f, 0xe0));
+        for bad in [
+            "",
+            "6f1d2c3b4a594e68877695a4b3c2d1e0",
+            "6f1d2c3-b4a59-4e68-8776-95a4b3c2d1e0",
+            "6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e",
+            "6f1d2c3b-4a59-4e68-8776-95a4b3c2d1eg",
+            "+f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0",
+            "6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0-",
+        ] {
+            assert_eq!(bad.parse::<Uuid>(), Err(BadUuid), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn texts_are_printable_and_short() {
+        let with = |serial: &str| SmbiosConfig { serial: Some(serial.into()), ..SmbiosConfig::default() };
+        for bad in ["", "a\nb", "\u{e4}", &"x".repeat(65)] {
+            assert_eq!(with(bad).check(&Pointer::root()).unwrap_err().pointer.as_deref(), Some("/serial"), "{bad:?}");
+        }
+        with(&"x".repeat(64)).check(&Pointer::root()).unwrap();
+    }
+}

@@ -1,0 +1,71 @@
+//! Guests that start by UEFI firmware: Debian's OVMF and the disks of `resources/guest/build --uefi`.
+
+use std::path::PathBuf;
+
+use rackvisor_api::config::{BootConfig, DiskConfig, VmConfig};
+use rackvisor_api::size::ByteSize;
+
+use crate::{Guest, Rackvisor, linux};
+
+/// What stands on the kernel's command line for the disk that was started.
+const MARK: &[u8] = b"rv.disk=1";
+/// Global variables (UEFI 2.10 §3.3).
+const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
+
+/// Which variables the firmware starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keys {
+    /// None: Secure Boot is off.
+    None,
+    /// Microsoft's: Secure Boot is on.
+    Microsoft,
+}
+
+/// What the disk starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loader {
+    /// Debian's shim and GRUB, both signed.
+    Signed,
+    /// A GRUB without signature.
+    Unsigned,
+}
+
+fn file(name: &str) -> PathBuf {
+    let path = linux::folder().join("efi").join(name);
+    assert!(path.exists(), "no {}: run resources/guest/build --uefi", path.display());
+    path
+}
+
+/// A VM without disks that starts by firmware, with variables of its own in the folder of `vmm`.
+pub fn uefi(vmm: &Rackvisor, keys: Keys) -> VmConfig {
+    let vars = vmm.path("vars.fd");
+    let name = if keys == Keys::None { "OVMF_VARS_4M.fd" } else { "OVMF_VARS_4M.ms.fd" };
+    std::fs::copy(file(name), &vars).unwrap();
+    let mut config = VmConfig::new("uefi", ByteSize::mib(256));
+    config.boot = Some(BootConfig::with_firmware(file("OVMF_CODE_4M.fd"), vars));
+    config
+}
+
+/// A disk that starts the Linux with the agent. [`booted_disk`] tells `mark`.
+pub fn uefi_disk(vmm: &Rackvisor, id: &str, loader: Loader, mark: u8) -> DiskConfig {
+    let name = if loader == Loader::Signed { "disk.img" } else { "disk-unsigned.img" };
+    let mut content = std::fs::read(file(name)).unwrap();
+    let at = content.windows(MARK.len()).position(|window| window == MARK).unwrap();
+    content[at + MARK.len() - 1] = b'0' + mark;
+    vmm.image(id, &content)
+}
+
+/// The mark of the disk that the guest was started from.
+pub fn booted_disk(guest: &mut Guest) -> String {
+    guest.ok("tr ' ' '\\n' </proc/cmdline | sed -n 's/^rv.disk=//p'")
+}
+
+/// The bytes of a global variable in hexadecimal, its attributes first.
+pub fn global_variable(guest: &mut Guest, name: &str) -> String {
+    guest.ok(&format!("hexdump -v -e '1/1 \"%02x\"' /sys/firmware/efi/efivars/{name}-{GLOBAL}"))
+}
+
+/// Makes the variables visible in the guest.
+pub fn mount_variables(guest: &mut Guest) {
+    guest.ok("mount -t efivarfs efivarfs /sys/firmware/efi/efivars");
+}

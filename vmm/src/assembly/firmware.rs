@@ -1,0 +1,122 @@
+//! Firmware in flash memory, and what it is told.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use rackvisor_api::config::{FirmwareConfig, VmConfig, boot_order, slot_assignment};
+use rackvisor_devices::GuestMemory;
+use rackvisor_devices::bus::Bus;
+use rackvisor_devices::chipset::DebugSink;
+use rackvisor_devices::firmware::fw_cfg::{FW_CFG_BASE, FW_CFG_LENGTH};
+use rackvisor_devices::firmware::{
+    self, BootDevice, FileStore, FirmwareError, FirmwareImages, Flash, FlashMapping, FwCfg, FwCfgFile,
+};
+
+use super::{AssemblyError, Host, tables};
+use crate::kvm::rom::{Bank, KvmRom};
+use crate::memory::layout::{self, MemoryKind};
+
+/// No S3 and no S4, whose type is 2; S5 is type 0 (QEMU's `etc/system-states`: a byte for each state, bit 7 is "possible").
+const SYSTEM_STATES: [u8; 6] = [0x80, 0, 0, 1, 2, 0x80];
+
+/// The firmware of a machine. It has no part in what the guest does later.
+pub struct Firmware {
+    flash: Arc<Flash>,
+    fw_cfg: Arc<FwCfg>,
+    _code: KvmRom,
+}
+
+/// What the firmware is plugged into.
+pub struct Board<'a> {
+    /// KVM's VM.
+    pub vm: &'a Arc<VmFd>,
+    /// Guest RAM.
+    pub memory: GuestMemory,
+    /// Ports.
+    pub pio: &'a Bus,
+    /// Memory-mapped registers.
+    pub mmio: &'a Bus,
+    /// What ACPI tables follow from.
+    pub tables: tables::Platform,
+}
+
+impl Firmware {
+    /// Opens what `wanted` names and plugs it into `board`.
+    ///
+    /// # Errors
+    /// [`AssemblyError`].
+    pub fn attach(
+        wanted: &FirmwareConfig,
+        config: &VmConfig,
+        host: &Host,
+        board: Board<'_>,
+    ) -> Result<Self, AssemblyError> {
+        let images = FirmwareImages::open(&wanted.code, &wanted.vars)?;
+        let (code_base, vars_base) = images.places();
+        let failed = |e: &dyn std::fmt::Display| AssemblyError::host("flash memory")(e);
+        let code = KvmRom::new(Arc::clone(board.vm), Bank::Code, code_base, images.code);
+        code.set_readable(true).map_err(|e| failed(&e))?;
+        let vars = KvmRom::new(Arc::clone(board.vm), Bank::Vars, vars_base, Arc::clone(&images.vars));
+        let store = Box::new(FileStore(images.vars_file));
+        let flash = Flash::new(images.vars, Box::new(vars), store, &*host.spawner, Arc::clone(&host.notifier));
+        let flash = Arc::new(flash.map_err(FirmwareError::Start)?);
+        let source = Box::new(move || board.tables.files());
+        let fw_cfg = FwCfg::new(board.memory, u16::from(config.cpus.count), files(config)?, source);
+        let fw_cfg = Arc::new(fw_cfg);
+        board.mmio.insert(vars_base, flash.size(), Arc::clone(&flash) as _).map_err(|e| failed(&e))?;
+        let conflict = |e| AssemblyError::host("fw_cfg")(&e);
+        board.pio.insert(FW_CFG_BASE, FW_CFG_LENGTH, Arc::clone(&fw_cfg) as _).map_err(conflict)?;
+        Ok(Self { flash, fw_cfg, _code: code })
+    }
+
+    /// Back to power-on.
+    pub fn reset(&self) {
+        self.flash.reset();
+        self.fw_cfg.reset();
+    }
+}
+
+/// What does not depend on what the firmware does.
+fn files(config: &VmConfig) -> Result<Vec<FwCfgFile>, AssemblyError> {
+    let smbios = tables::smbios(config);
+    let mut files = vec![
+        FwCfgFile::new("etc/e820", e820(config.memory.size.bytes())),
+        FwCfgFile::new("etc/system-states", SYSTEM_STATES.to_vec()),
+        FwCfgFile::new("etc/smbios/smbios-anchor", smbios.entry_point(0).to_vec()),
+        FwCfgFile::new("etc/smbios/smbios-tables", smbios.tables),
+    ];
+    let slots = slot_assignment(config).map_err(AssemblyError::Config)?;
+    let slot = |id: &str| slots.iter().find(|(other, _)| other == id).map(|(_, slot)| *slot);
+    let device = |id: &str| {
+        let kind = if config.disk(id).is_some() { BootDevice::Disk } else { BootDevice::Nic };
+        slot(id).map(kind)
+    };
+    let order: Vec<BootDevice> = boot_order(config).into_iter().filter_map(device).collect();
+    if !order.is_empty() {
+        files.push(FwCfgFile::new("bootorder", firmware::boot_order(&order)));
+    }
+    Ok(files)
+}
+
+/// RAM, and what KVM needs for itself, in e820's form.
+fn e820(ram: u64) -> Vec<u8> {
+    let ranges = layout::ram_ranges(ram).into_iter().map(|range| (range.start.0, range.length, MemoryKind::Ram));
+    let (start, length) = layout::KVM_PAGES;
+    let entries = ranges.chain([(start, length, MemoryKind::Reserved)]);
+    entries
+        .flat_map(|(start, length, kind)| {
+            let mut entry = [start, length].map(u64::to_le_bytes).concat();
+            entry.extend((kind as u32).to_le_bytes());
+            entry
+        })
+        .collect()
+}
+
+/// What the firmware writes to its debug console goes to the log, at level debug.
+pub struct FirmwareLog;
+
+impl DebugSink for FirmwareLog {
+    fn line(&self, line: &str) {
+        tracing::debug!(target: "firmware", "{line}");
+    }
+}
