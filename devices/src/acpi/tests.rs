@@ -10,6 +10,8 @@ fn config(processors: u32) -> AcpiConfig {
         mmio32: Window { first: 0xc000_0000, last: 0xfebf_ffff },
         mmio64: Some(Window { first: 0x40_0000_0000, last: 0x7f_ffff_ffff }),
         serial: true,
+        pvpanic: true,
+        watchdog: true,
         ioapic: AcpiConfig::IOAPIC,
         ioapic_id: 0,
     }
@@ -56,7 +58,7 @@ fn an_operating_system_finds_every_table_from_the_rsdp_with_valid_checksums() {
         assert_eq!(rsdp[15], 2);
         assert_eq!((sum(&rsdp[..20]), sum(rsdp)), (0, 0));
         assert_eq!(placed.rsdp % 16, 0);
-        for signature in [b"FACP", b"APIC", b"MCFG", b"WAET"] {
+        for signature in [b"FACP", b"APIC", b"MCFG", b"WAET", b"WDAT"] {
             assert_eq!(sum(table(&placed, signature)), 0);
         }
         let fadt = table(&placed, b"FACP");

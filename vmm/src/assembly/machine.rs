@@ -48,8 +48,9 @@ impl Machine {
         let vm = kvm::create_vm(&kvm, &ram)?;
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus)?;
         let console = LiveConsole::open(&config.serial, host)?;
-        let platform = platform::build(config, &vm, &new_vcpus.apic_ids, &console)?;
+        let platform = platform::build(config, &vm, &new_vcpus.apic_ids, &console, host)?;
         let mut inventory = Inventory::new(console.pty_path());
+        inventory.clock = Some(platform.live_clock());
         let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;
@@ -88,6 +89,7 @@ impl Machine {
     /// # Errors
     /// [`DeviceBusy`] for the device that waits longest.
     pub fn pause_devices(&self) -> Result<(), DeviceBusy> {
+        self.platform.pause(true);
         let busy = self.inventory.transports().iter().filter_map(|t| {
             let busy = t.pause().err()?;
             Some(DeviceBusy { device: t.id().to_owned(), busy })
@@ -100,6 +102,7 @@ impl Machine {
     /// # Errors
     /// [`DeviceStart`] for the first device that does not.
     pub fn resume_devices(&self) -> Result<(), DeviceStart> {
+        self.platform.pause(false);
         self.inventory
             .transports()
             .iter()
@@ -121,6 +124,11 @@ impl Machine {
     /// Presses the power button.
     pub fn press_power_button(&self) {
         self.platform.power().press_power_button();
+    }
+
+    /// Presses the sleep button.
+    pub fn press_sleep_button(&self) {
+        self.platform.power().press_sleep_button();
     }
 
     /// Sends a non-maskable interrupt to every vCPU.

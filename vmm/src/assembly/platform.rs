@@ -3,16 +3,19 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use rackvisor_api::config::VmConfig;
+use rackvisor_api::config::{CpusConfig, VmConfig};
+use rackvisor_api::problem::{Pointer, Problem};
 use rackvisor_devices::acpi::{AcpiConfig, AcpiTables, Ecam, Window};
 use rackvisor_devices::bus::Bus;
-use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, PowerManagement, SCI_IRQ};
+use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, PowerManagement, RTC_IRQ, RtcTimer, SCI_IRQ};
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
 use rackvisor_devices::pci::{PciFunction, Root, Windows};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::AssemblyError;
+use super::clock::LiveClock;
 use super::console::LiveConsole;
+use super::{AssemblyError, Host, clock};
+use crate::cpu::model::default_phys_bits;
 use crate::cpu::vcpu;
 use crate::kvm::interrupts::KvmLine;
 use crate::kvm::ioevents::KvmIoEvents;
@@ -32,6 +35,11 @@ pub struct Platform {
     mmio: Arc<Bus>,
     root: Arc<Root>,
     chipset: Chipset,
+    pvpanic: bool,
+    /// Seconds beyond UTC by the configuration.
+    clock_offset: i64,
+    /// Dropped after what it interrupts has ended.
+    _clock: RtcTimer,
     apic_ids: Vec<u32>,
     ram_size: u64,
 }
@@ -45,14 +53,20 @@ pub fn build(
     vm: &Arc<VmFd>,
     apic_ids: &[u32],
     console: &LiveConsole,
+    host: &Host,
 ) -> Result<Platform, AssemblyError> {
     let ram_size = config.memory.size.bytes();
+    check_addresses(config)?;
     let ram_below_4g = ram_size.min(layout::RAM_32BIT_END);
+    let clock_offset = clock::offset(config.clock);
     let line = |gsi| Arc::new(KvmLine::new(Arc::clone(vm), gsi));
     let chipset = Chipset::new(ChipsetConfig {
         ram_below_4g,
         ram_above_4g: ram_size - ram_below_4g,
-        rtc_offset_seconds: 0,
+        rtc_offset_seconds: clock_offset.saturating_add(host.clock_shift),
+        rtc: line(RTC_IRQ),
+        panics: config.pvpanic.then(|| Arc::clone(&host.notifier)),
+        watchdog: config.watchdog.is_some(),
         acpi_from_reset: true,
         sci: line(SCI_IRQ),
         serial: Some((line(COM1_IRQ), console.output())),
@@ -70,7 +84,27 @@ pub fn build(
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
-    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), ram_size })
+    let timer =
+        RtcTimer::start(&chipset.rtc, &*host.spawner).map_err(|e| AssemblyError::host("thread of the clock")(&e))?;
+    let apic_ids = apic_ids.to_vec();
+    Ok(Platform { pio, mmio, root, chipset, pvpanic: config.pvpanic, clock_offset, _clock: timer, apic_ids, ram_size })
+}
+
+/// The guest must be able to reach all of its addresses with the bits that it is shown.
+fn check_addresses(config: &VmConfig) -> Result<(), AssemblyError> {
+    let CpusConfig { phys_bits, model, .. } = config.cpus;
+    let Some(bits) = phys_bits.or(default_phys_bits(model)) else { return Ok(()) };
+    let (start, length) = layout::pci_64bit_window(config.memory.size.bytes());
+    if start + length <= 1 << bits {
+        return Ok(());
+    }
+    let detail = format!("{bits} bits of physical addresses do not reach the end of the guest's memory and devices");
+    let problem = Problem::invalid(
+        &Pointer::root().key("cpus").key("phys_bits"),
+        detail,
+        "choose more, or give the VM less memory",
+    );
+    Err(AssemblyError::Config(problem))
 }
 
 impl Platform {
@@ -84,6 +118,17 @@ impl Platform {
     #[must_use]
     pub fn power(&self) -> &PowerManagement {
         &self.chipset.power
+    }
+
+    /// The clock and the watchdog as they are described from outside.
+    #[must_use]
+    pub fn live_clock(&self) -> LiveClock {
+        LiveClock::new(Arc::clone(&self.chipset.rtc), self.chipset.watchdog.clone(), self.clock_offset)
+    }
+
+    /// Stops the time of what counts it for the guest, or lets it go on.
+    pub fn pause(&self, paused: bool) {
+        self.chipset.pause(paused);
     }
 
     /// What the accesses of vCPUs reach.
@@ -119,6 +164,8 @@ impl Platform {
             mmio32: window(layout::PCI_32BIT),
             mmio64: Some(window(layout::pci_64bit_window(self.ram_size))),
             serial: true,
+            pvpanic: self.pvpanic,
+            watchdog: self.chipset.watchdog.is_some(),
             ioapic: layout::IOAPIC,
             ioapic_id: 0,
         });
