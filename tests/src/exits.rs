@@ -9,7 +9,8 @@ const TRACING: &str = "/sys/kernel/tracing";
 /// Exits of all vCPUs of the VM of this process, if the kernel tells (debugfs, as root).
 pub fn exits(pid: u32) -> Option<u64> {
     // The folder is named by the thread that made the VM.
-    let threads: Vec<_> = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten().map(|task| task.file_name()).collect();
+    let threads: Vec<_> =
+        fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten().map(|task| task.file_name()).collect();
     let folders = fs::read_dir(KVM).ok()?.flatten().map(|folder| folder.path());
     let of_thread = |folder: &PathBuf| {
         let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();

@@ -186,10 +186,7 @@ fn the_sleep_button_reaches_the_guest() {
     let vmm = Rackvisor::start();
     let mut guest = vmm.boot_linux(&linux());
     let presses = |guest: &mut Guest| -> u64 {
-        guest
-            .ok("cut -d ' ' -f 1-4 /sys/firmware/acpi/interrupts/ff_slp_btn | tr -d ' ' | grep -o '^[0-9]*'")
-            .parse()
-            .unwrap()
+        guest.ok("awk '{ print $1 }' /sys/firmware/acpi/interrupts/ff_slp_btn").parse().unwrap()
     };
     let before = presses(&mut guest);
     vmm.client.act(Action::SleepButton).unwrap();

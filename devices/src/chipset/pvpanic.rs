@@ -71,7 +71,9 @@ mod tests {
         assert_eq!(read8(&port, 0), 3);
         write8(&port, 0, 0xfc);
         assert!(news.0.lock().unwrap().is_empty());
-        (0..3).for_each(|_| write8(&port, 0, PANICKED));
+        for _ in 0..3 {
+            assert_eq!(write8(&port, 0, PANICKED), None);
+        }
         port.reset();
         write8(&port, 0, PANICKED | DUMPING);
         let told = [false, true].map(|dumping| DeviceEvent::GuestPanicked { dumping });

@@ -38,7 +38,7 @@ pub struct Platform {
     pvpanic: bool,
     /// Seconds beyond UTC by the configuration.
     clock_offset: i64,
-    /// Dropped after what it interrupts has ended.
+    /// Raises the interrupts of the clock.
     _clock: RtcTimer,
     apic_ids: Vec<u32>,
     ram_size: u64,

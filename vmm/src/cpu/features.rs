@@ -72,10 +72,10 @@ const fn group(
     Group { since, vendor, leaf, index, register, bits }
 }
 
-/// Leaf 1 EDX of every x86-64 CPU, which AMD's repeat in leaf 0x80000001.
+/// Leaf 1 EDX of every x86-64 CPU, which AMD's repeat in leaf 0x80000001. Virtual 8086 mode is of no use to 64-bit systems, and some
+/// hosts cannot extend it.
 const LONG_AGO: &[(&str, u32)] = &[
     ("fpu", 0),
-    ("vme", 1),
     ("de", 2),
     ("pse", 3),
     ("tsc", 4),

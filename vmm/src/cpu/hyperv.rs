@@ -31,7 +31,7 @@ const MAX_VCPUS: u32 = 1024;
 const MAX_LOGICAL: u32 = 64;
 
 const EAX_HYPERCALLS: u32 = 1 << 5;
-/// Nothing of KVM depends on it: CPUs may be added.
+/// CPUs may be added: needs nothing of KVM.
 const EDX_CPU_HOT_ADD: u32 = 1 << 3;
 
 /// Parameters 0 to 4 of a guest's crash.
@@ -43,8 +43,8 @@ const MSR_SCONTROL: u32 = 0x4000_0080;
 /// The synthetic interrupt controller is on from power-on (§11.8.1).
 const SCONTROL_ENABLE: u64 = 1;
 
-/// MSRs that a reset must bring back and that KVM does not list: SIEFP, SIMP, EOM's neighbours SINT0 to 15, and the
-/// configurations and counts of the four timers. A configuration comes before its count: it stops the timer.
+/// MSRs that a reset must bring back and that KVM does not list: SIEFP, SIMP, SINT0 to 15, and the configurations and counts of the
+/// four timers. A configuration comes before its count: it stops the timer.
 pub fn unlisted_msrs() -> impl Iterator<Item = u32> {
     (0x4000_0082..=0x4000_0083).chain(0x4000_0090..=0x4000_009f).chain(0x4000_00b0..=0x4000_00b7)
 }

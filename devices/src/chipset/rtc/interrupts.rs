@@ -110,7 +110,7 @@ impl State {
     }
 
     /// How long until the next interrupt that is enabled, or until it is time to look again.
-    fn next(&self, now: Now) -> Option<Duration> {
+    pub(super) fn next(&self, now: Now) -> Option<Duration> {
         if self.paused {
             return None;
         }
@@ -132,7 +132,7 @@ impl State {
     }
 
     /// The first second from `from` on that the alarm matches; none if it never does.
-    fn next_alarm(&self, from: i128) -> Option<i128> {
+    pub(super) fn next_alarm(&self, from: i128) -> Option<i128> {
         let set = |index| Some(self.get(index)).filter(|value| *value < ANY);
         let (hour, minute, second) = (set(HOURS_ALARM), set(MINUTES_ALARM), set(SECONDS_ALARM));
         let (hour, minute, second) =
