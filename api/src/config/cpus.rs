@@ -20,7 +20,6 @@ pub struct CpusConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology: Option<Topology>,
     /// What CPU the guest sees.
-    #[serde(default)]
     pub model: CpuModelName,
     /// Bits of physical addresses that the guest sees, 36 to 52; default: 40 with `x86-64-v2`, 46 with the newer models, else
     /// the host's. The host must have as many.

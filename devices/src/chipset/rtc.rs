@@ -82,6 +82,8 @@ struct State {
     flags: u8,
     /// No interrupts now: the VM is paused.
     paused: bool,
+    /// An interrupt became due while paused.
+    held_back: bool,
     /// The timer's thread is to end.
     ended: bool,
 }
@@ -128,6 +130,7 @@ impl Rtc {
             ticks_seen: 0,
             flags: 0,
             paused: false,
+            held_back: false,
             ended: false,
         };
         Self { state: Mutex::new(state), changed: Condvar::new(), clock, line }

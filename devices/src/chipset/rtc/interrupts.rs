@@ -29,7 +29,9 @@ impl Rtc {
         let earlier = state.interrupts();
         let result = action(&mut state, now.realtime);
         state.ticks_seen = state.ticks(now.monotonic);
-        if (due || state.interrupts() & !earlier != 0) && !state.paused {
+        let due = due || state.interrupts() & !earlier != 0 || state.held_back;
+        state.held_back = due && state.paused;
+        if due && !state.paused {
             self.line.pulse();
         }
         if before != state.wanted() {
