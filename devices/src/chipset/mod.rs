@@ -1,4 +1,4 @@
-//! The chipset: ICH9-style power management, RTC/CMOS, i8042, reset, serial port, debug console.
+//! The chipset: ICH9-style power management, RTC/CMOS, i8042, reset, serial port, debug console, pvpanic, watchdog.
 //!
 //! [`Chipset`] makes all of it from a [`ChipsetConfig`] and claims its ports; each part also stands alone.
 
