@@ -104,6 +104,24 @@ fn exits_with_and_without_hyper_v_are_counted_for_the_same_work() {
 }
 
 #[test]
+fn what_the_host_lacks_is_named_and_there_is_no_guest_then() {
+    needs_kvm!();
+    let vmm = Rackvisor::start();
+    let mut config = Tiny::idle().config(&vmm.path(""));
+    let features = HypervFeatures { tlbflush_ext: true, ..HypervFeatures::default() };
+    config.cpus.hyperv = HypervConfig::Features(features);
+    vmm.client.define(&config).unwrap();
+    match vmm.client.act(Action::Boot) {
+        // A newer kernel than the lab's.
+        Ok(vm) => assert_eq!(vm.state, VmState::Running),
+        Err(error) => {
+            assert!(error.to_string().contains("lacks Hyper-V enlightenments: tlbflush_ext;"), "{error}");
+            assert_eq!(vmm.state(), VmState::Defined);
+        }
+    }
+}
+
+#[test]
 fn a_guest_that_tells_of_its_crash_is_heard_once_and_goes_on() {
     needs_kvm!();
     let vmm = Rackvisor::start();
