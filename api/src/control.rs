@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, Link, NicConfig, NicPatch, VmConfig};
 use crate::descriptors::Descriptors;
-use crate::events::EventLog;
+use crate::events::{EventLog, GuestPanic};
 use crate::problem::{Code, Problem};
 use crate::state::{Action, RequestKind, VmState};
 
@@ -128,6 +128,12 @@ pub struct VmInfo {
     /// How often the guest was reset since it was booted, by itself or by request.
     #[serde(default)]
     pub resets: u64,
+    /// What the guest said when it panicked, since it was booted or reset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_panic: Option<GuestPanic>,
+    /// Seconds that the guest's real-time clock is beyond UTC, with what the guest itself set, since it was booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_offset: Option<i64>,
     /// vCPUs that exist now.
     pub vcpus: u8,
     /// The pseudo-terminal of the serial console, if it has one.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use tokio::sync::watch;
 use utoipa::ToSchema;
 
-use crate::config::{Link, ReservationKey};
+use crate::config::{Link, ReservationKey, WatchdogAction};
 use crate::state::VmState;
 
 /// How many events the log keeps.
@@ -54,6 +54,13 @@ pub enum EventKind {
     Crashed {
         /// Why.
         cause: String,
+    },
+    /// The guest said that it panicked. It may go on, to write a dump.
+    GuestPanicked(GuestPanic),
+    /// The guest did not reset its watchdog in time.
+    WatchdogExpired {
+        /// What is done about it.
+        action: WatchdogAction,
     },
     /// A device had an error that the guest was told of, or broke.
     DeviceError {
@@ -140,6 +147,29 @@ pub enum EventKind {
     },
 }
 
+/// What a guest said when it panicked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestPanic {
+    /// How it said so.
+    pub source: PanicSource,
+    /// What it said: five numbers with Hyper-V, of which the first is Windows' bug check code.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parameters: Vec<String>,
+    /// Whether a kernel that writes a dump takes over, as the guest says.
+    #[serde(default)]
+    pub dumping: bool,
+}
+
+/// How a guest says that it panicked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PanicSource {
+    /// By the crash registers of Hyper-V (`cpus.hyperv.crash`).
+    Hyperv,
+    /// By the pvpanic device.
+    Pvpanic,
+}
+
 /// What became of a request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -158,6 +188,8 @@ impl EventKind {
             Self::GuestReset => "guest-reset",
             Self::GuestShutdown => "guest-shutdown",
             Self::Crashed { .. } => "crashed",
+            Self::GuestPanicked(_) => "guest-panicked",
+            Self::WatchdogExpired { .. } => "watchdog-expired",
             Self::DeviceError { .. } => "device-error",
             Self::DeviceRestored { .. } => "device-restored",
             Self::DiskError { .. } => "disk-error",
@@ -392,6 +424,12 @@ mod tests {
             EventKind::GuestReset,
             EventKind::GuestShutdown,
             EventKind::Crashed { cause: "triple fault".into() },
+            EventKind::GuestPanicked(GuestPanic {
+                source: PanicSource::Hyperv,
+                parameters: vec!["0x7e".into()],
+                dumping: false,
+            }),
+            EventKind::WatchdogExpired { action: WatchdogAction::Nmi },
             EventKind::DeviceError { device: "root".into(), detail: "EIO".into() },
             EventKind::DeviceRestored { device: "net0".into(), detail: "tap0".into() },
             EventKind::DiskError {

@@ -12,6 +12,7 @@
 //! | resume           | 404          | 409       | 409       | → running | 409       | 409       |
 //! | reset            | 404          | 409       | → running | → paused  | 409       | 409       |
 //! | power-button     | 404          | 409       | → running | 409       | 409       | 409       |
+//! | sleep-button     | 404          | 409       | → running | 409       | 409       | 409       |
 //! | shutdown         | 404          | 409       | → stopped | → stopped | 409       | 409       |
 //! | nmi              | 404          | 409       | → running | 409       | 409       | 409       |
 //!
@@ -84,6 +85,8 @@ pub enum Action {
     Reset,
     /// Press the ACPI power button: the guest decides what to do.
     PowerButton,
+    /// Press the ACPI sleep button: the guest decides what to do. There is no state to sleep in but S5.
+    SleepButton,
     /// End the guest now, whatever it thinks; completed writes are flushed to the disks.
     Shutdown,
     /// Inject a non-maskable interrupt into every vCPU.
@@ -92,8 +95,16 @@ pub enum Action {
 
 impl Action {
     /// All actions.
-    pub const ALL: [Action; 7] =
-        [Self::Boot, Self::Pause, Self::Resume, Self::Reset, Self::PowerButton, Self::Shutdown, Self::Nmi];
+    pub const ALL: [Action; 8] = [
+        Self::Boot,
+        Self::Pause,
+        Self::Resume,
+        Self::Reset,
+        Self::PowerButton,
+        Self::SleepButton,
+        Self::Shutdown,
+        Self::Nmi,
+    ];
 
     /// The kebab-case name, which is also the last part of its path.
     pub const fn as_str(self) -> &'static str {
@@ -103,6 +114,7 @@ impl Action {
             Self::Resume => "resume",
             Self::Reset => "reset",
             Self::PowerButton => "power-button",
+            Self::SleepButton => "sleep-button",
             Self::Shutdown => "shutdown",
             Self::Nmi => "nmi",
         }
@@ -134,7 +146,7 @@ pub enum RequestKind {
 
 impl RequestKind {
     /// All kinds of request.
-    pub const ALL: [RequestKind; 12] = [
+    pub const ALL: [RequestKind; 13] = [
         Self::Define,
         Self::Forget,
         Self::Query,
@@ -145,6 +157,7 @@ impl RequestKind {
         Self::Act(Action::Resume),
         Self::Act(Action::Reset),
         Self::Act(Action::PowerButton),
+        Self::Act(Action::SleepButton),
         Self::Act(Action::Shutdown),
         Self::Act(Action::Nmi),
     ];
@@ -244,7 +257,7 @@ pub fn decide(state: VmState, request: RequestKind) -> Result<Transition, Illega
         (RequestKind::Act(Action::Pause), Running) => Paused,
         (RequestKind::Act(Action::Resume), Paused) => Running,
         (RequestKind::Act(Action::Reset), Running | Paused) => state,
-        (RequestKind::Act(Action::PowerButton | Action::Nmi), Running) => Running,
+        (RequestKind::Act(Action::PowerButton | Action::SleepButton | Action::Nmi), Running) => Running,
         (RequestKind::Act(Action::Shutdown), Running | Paused) => Stopped,
         _ => return Err(Illegal { state, request }),
     };

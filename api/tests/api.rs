@@ -32,6 +32,7 @@ fn a_vm_lives_its_life_through_the_client() {
         (Action::Resume, VmState::Running),
         (Action::Reset, VmState::Running),
         (Action::PowerButton, VmState::Running),
+        (Action::SleepButton, VmState::Running),
         (Action::Nmi, VmState::Running),
         (Action::Shutdown, VmState::Stopped),
     ] {

@@ -114,6 +114,11 @@ pub enum DeviceEvent {
         /// What failed, for the operator.
         reason: String,
     },
+    /// The guest said that it panicked.
+    GuestPanicked {
+        /// A kernel that writes a dump takes over.
+        dumping: bool,
+    },
     /// Another host took the LUN from this one: nothing is written to it any more, and the guest cannot go on.
     ReservationLost {
         /// The key of the host that has it now, if one has.

@@ -10,6 +10,7 @@
     reason = "a test fails by panicking, also in its helpers"
 )]
 
+mod exits;
 mod guest;
 mod hostdisk;
 mod laps;
@@ -32,6 +33,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+pub use exits::{Trace, exits};
 pub use guest::Guest;
 pub use hostdisk::{Mapped, NullBlk};
 pub use laps::Laps;
@@ -71,6 +73,12 @@ pub fn vhost_is_missing() -> Option<&'static str> {
 pub fn skip(why: &str) {
     let thread = std::thread::current();
     let _ = writeln!(std::io::stderr(), "SKIPPED: {}: {why}", thread.name().unwrap_or("a test"));
+}
+
+/// Prints a figure that a test found; past the test harness, as [`skip`].
+pub fn tell(figure: &str) {
+    let thread = std::thread::current();
+    let _ = writeln!(std::io::stderr(), "{}: {figure}", thread.name().unwrap_or("a test"));
 }
 
 /// Ends the test, loudly, where there is no KVM that runs stock kernels.

@@ -60,6 +60,21 @@ impl Tiny {
         Self::new(text, &say(text))
     }
 
+    /// Writes model-specific registers, numbers and values, then says `text`.
+    pub fn writes_msrs(msrs: &[(u32, u64)], text: &[u8]) -> Self {
+        let mut body = Vec::new();
+        for (number, value) in msrs {
+            for (opcode, immediate) in [(0xb9, *number), (0xb8, *value as u32), (0xba, (value >> 32) as u32)] {
+                // mov ecx, …; mov eax, …; mov edx, …
+                body.push(opcode);
+                body.extend(immediate.to_le_bytes());
+            }
+            body.extend([0x0f, 0x30]); // wrmsr
+        }
+        body.extend(say(text));
+        Self::new(text, &body)
+    }
+
     /// Says `text` again and again.
     pub fn chatters(text: &[u8]) -> Self {
         let mut body = say(text);

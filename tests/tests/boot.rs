@@ -94,7 +94,8 @@ fn the_guest_finds_the_machine_that_was_configured_and_tables_that_iasl_takes() 
     needs_kvm!();
     let vmm = Rackvisor::start();
     let mut config = linux();
-    config.cpus = CpusConfig { count: 4, topology: Some(Topology { sockets: 2, cores: 1, threads: 2 }) };
+    config.cpus =
+        CpusConfig { count: 4, topology: Some(Topology { sockets: 2, cores: 1, threads: 2 }), ..CpusConfig::default() };
     config.disks = vec![vmm.image("first", &[0; 4096]), vmm.image("second", &[0; 8192])];
     config.disks[1].slot = Some(9);
     let mut guest = vmm.boot_linux(&config);

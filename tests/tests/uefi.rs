@@ -26,7 +26,7 @@ fn firmware_starts_shim_grub_and_linux_which_finds_the_machine_that_was_configur
     needs_kvm!();
     let vmm = Rackvisor::start();
     let mut config = uefi(&vmm, Keys::None);
-    config.cpus = CpusConfig { count: 2, topology: None };
+    config.cpus = CpusConfig { count: 2, ..CpusConfig::default() };
     config.disks = vec![uefi_disk(&vmm, "root", Loader::Signed, 7)];
     config.smbios.manufacturer = Some("ACME".into());
     config.smbios.serial = Some("0815".into());

@@ -298,7 +298,7 @@ fn a_vm_of_254_vcpus_runs_and_a_topology_that_needs_x2apic_ids_too() {
     let shape = Topology { sockets: 84, cores: 3, threads: 1 };
     for (count, topology) in [(254, None), (252, Some(shape))] {
         let mut config = place.config(SPIN);
-        config.cpus = CpusConfig { count, topology };
+        config.cpus = CpusConfig { count, topology, ..CpusConfig::default() };
         let vm = Vm::define(config).unwrap();
         vm.boot().unwrap();
         assert_eq!(vm.describe().unwrap().vcpus, count);

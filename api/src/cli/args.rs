@@ -75,6 +75,8 @@ pub enum Command {
         #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "wait")]
         timeout: Option<Duration>,
     },
+    /// Press the sleep button
+    SleepButton,
     /// End the guest now; what it wrote is flushed to its disks
     Shutdown,
     /// Inject a non-maskable interrupt: most guests answer with a crash dump

@@ -48,6 +48,7 @@ pub fn run(cli: &Cli, output: &Output) -> Result<(), Failure> {
             act(&client, output, Action::PowerButton, "pressing the power button")
         }
         Command::PowerButton { wait: true, timeout } => power_off(&client, output, *timeout),
+        Command::SleepButton => act(&client, output, Action::SleepButton, "pressing the sleep button"),
         Command::Shutdown => act(&client, output, Action::Shutdown, "shutting down"),
         Command::Nmi => act(&client, output, Action::Nmi, "injecting an NMI"),
         Command::Forget => {

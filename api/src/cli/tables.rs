@@ -4,7 +4,7 @@ use comfy_table::{Table, presets};
 use rackvisor_api::ByteSize;
 use rackvisor_api::config::{DiskGroup, Limits, Link, NicConfig, NicLimits, OnReboot, SerialMode, VmConfig};
 use rackvisor_api::control::{DeviceState, DiskInfo, NicInfo, VmInfo};
-use rackvisor_api::events::{Event, EventKind};
+use rackvisor_api::events::{Event, EventKind, GuestPanic};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -69,10 +69,18 @@ pub fn vm(vm: &VmInfo) -> String {
     if vm.resets > 0 {
         facts.add("resets", vm.resets.to_string());
     }
+    facts.add_some("clock", vm.clock_offset.filter(|o| *o != 0).map(|offset| format!("{offset:+} s beyond UTC")));
+    facts.add_some("panic", vm.guest_panic.as_ref().map(panic));
     configuration(&vm.config, &mut facts);
     facts.add_some("pty", vm.serial_path.as_ref().map(|path| path.display().to_string()));
     facts.add("process", format!("{} (rackvisor {})", vm.pid, vm.version));
     facts.text()
+}
+
+/// What a guest said when it panicked.
+fn panic(panic: &GuestPanic) -> String {
+    let dumping = if panic.dumping { "writes a dump" } else { "" };
+    [&word(&panic.source), &panic.parameters.join(" "), dumping].map(str::trim).join(" ").trim_end().to_owned()
 }
 
 fn configuration(config: &VmConfig, facts: &mut Facts) {
@@ -81,6 +89,11 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
         "cpus",
         format!("{} ({} × {} × {})", config.cpus.count, topology.sockets, topology.cores, topology.threads),
     );
+    let nested = if config.cpus.nested { ", nested" } else { "" };
+    facts.add("model", format!("{}{nested}", config.cpus.model));
+    if let Some(hyperv) = config.cpus.hyperv.features() {
+        facts.add("hyper-v", &hyperv.vendor);
+    }
     let memory = &config.memory;
     let traits = [(memory.shared, "shared"), (memory.prefault, "prefaulted")]
         .into_iter()
@@ -333,6 +346,8 @@ pub fn event(event: &Event) -> String {
         }
         EventKind::GuestReset | EventKind::GuestShutdown => String::new(),
         EventKind::Crashed { cause } => cause.clone(),
+        EventKind::GuestPanicked(told) => panic(told),
+        EventKind::WatchdogExpired { action } => word(action),
         EventKind::DeviceError { device, detail } | EventKind::DeviceRestored { device, detail } => {
             format!("{device}: {detail}")
         }

@@ -6,9 +6,11 @@
 
 mod boot;
 mod check;
+mod clock;
 mod cpu_list;
 mod cpus;
 mod disk;
+mod hyperv;
 mod limits;
 mod mac;
 mod memory;
@@ -22,6 +24,7 @@ mod smbios;
 mod tap_fds;
 #[cfg(test)]
 mod tests;
+mod watchdog;
 
 use std::collections::HashMap;
 
@@ -29,9 +32,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use boot::{BootConfig, FirmwareConfig, MAX_CMDLINE, boot_order};
+pub use clock::ClockConfig;
 pub use cpu_list::CpuList;
-pub use cpus::{CpusConfig, MAX_CPUS, Topology};
+pub use cpus::{CpuModelName, CpusConfig, MAX_CPUS, Topology};
 pub use disk::{CacheMode, DiskConfig, DiskPatch, OnError};
+pub use hyperv::{HYPERV_VENDOR, HypervConfig, HypervFeatures};
 pub use limits::{DiskGroup, DiskGroupPatch, Limits, LimitsPatch, NicLimits, NicLimitsPatch};
 pub use mac::{BadMac, MacAddr};
 pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
@@ -43,6 +48,7 @@ pub use serial::{SerialConfig, SerialMode};
 pub use slots::{RNG_ID, slot_assignment};
 pub use smbios::{BadUuid, SmbiosConfig, Uuid};
 pub use tap_fds::{INHERITED_FDS, TapFds};
+pub use watchdog::{WatchdogAction, WatchdogConfig};
 
 use crate::problem::{Code, Pointer, Problem};
 use crate::size::ByteSize;
@@ -87,6 +93,16 @@ pub struct VmConfig {
     /// The serial console. Default: off.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// What the real-time clock shows. Default: UTC.
+    #[serde(default)]
+    pub clock: ClockConfig,
+    /// Whether the guest can tell of its panics by a pvpanic device (ACPI `QEMU0001`): a `guest-panicked` event.
+    #[serde(default)]
+    #[schema(default = false)]
+    pub pvpanic: bool,
+    /// The watchdog timer, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<WatchdogConfig>,
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
@@ -129,6 +145,9 @@ impl VmConfig {
             nics: Vec::new(),
             rng: true,
             serial: SerialConfig::default(),
+            clock: ClockConfig::Utc,
+            pvpanic: false,
+            watchdog: None,
             on_reboot: OnReboot::default(),
         }
     }
@@ -163,6 +182,7 @@ impl VmConfig {
             nic.check(&root.key("nics").index(i))?;
         }
         self.serial.check(&root.key("serial"))?;
+        self.clock.check(&root.key("clock"))?;
         self.check_unique()?;
         self.check_boot_order()?;
         slot_assignment(self).map(drop)

@@ -132,6 +132,8 @@ impl Inner {
             pending: None,
             uptime_ms: self.alive().then_some(1000),
             resets: self.resets,
+            guest_panic: None,
+            clock_offset: None,
             vcpus: if self.alive() { config.cpus.count } else { 0 },
             serial_path: None,
             pid: std::process::id(),

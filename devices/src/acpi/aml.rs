@@ -8,6 +8,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Window, chipset};
+use crate::chipset::watchdog::{WATCHDOG_BASE, WATCHDOG_LENGTH};
 
 /// Processors that three hexadecimal digits of a name can tell apart.
 pub(super) const PROCESSOR_LIMIT: usize = 0x1000;
@@ -138,16 +139,23 @@ fn lpc(config: &AcpiConfig) -> Raw {
     let clock = clock();
     let mut children: Vec<&dyn Aml> = vec![&address, &clock];
     let serial = config.serial.then(serial_port);
-    if let Some(serial) = &serial {
-        children.push(serial);
-    }
+    let pvpanic = config.pvpanic.then(pvpanic);
+    children.extend(serial.iter().chain(&pvpanic).map(|device| device as &dyn Aml));
     raw(&Device::new("LPC_".into(), children))
 }
 
-/// The clock has no interrupt here: alarms are not raised.
 fn clock() -> Raw {
-    let ports = crs(vec![&IO::new(chipset::RTC_BASE, chipset::RTC_BASE, 1, 2)]);
-    raw(&Device::new("RTC_".into(), vec![&hid("PNP0B00"), &ports]))
+    let ports = IO::new(chipset::RTC_BASE, chipset::RTC_BASE, 1, 2);
+    let interrupt = Interrupt::new(true, true, false, false, chipset::RTC_IRQ);
+    raw(&Device::new("RTC_".into(), vec![&hid("PNP0B00"), &crs(vec![&ports, &interrupt])]))
+}
+
+/// The device that drivers for QEMU's look for.
+fn pvpanic() -> Raw {
+    let id = Name::new("_HID".into(), &"QEMU0001");
+    let status = Name::new("_STA".into(), &0xfu8);
+    let ports = crs(vec![&IO::new(chipset::PVPANIC_PORT, chipset::PVPANIC_PORT, 1, 1)]);
+    raw(&Device::new("PEVT".into(), vec![&id, &status, &ports]))
 }
 
 fn serial_port() -> Raw {
@@ -170,7 +178,12 @@ fn board(config: &AcpiConfig) -> Raw {
             raw(&AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, config.ecam.base, last, None))
         }
     };
-    let resources = crs(vec![&power, &apm, &port92, &ecam]);
+    let watchdog = IO::new(WATCHDOG_BASE, WATCHDOG_BASE, 1, WATCHDOG_LENGTH);
+    let mut used: Vec<&dyn Aml> = vec![&power, &apm, &port92, &ecam];
+    if config.watchdog {
+        used.push(&watchdog);
+    }
+    let resources = crs(used);
     raw(&Scope::new("_SB_".into(), vec![&Device::new("MBRD".into(), vec![&hid("PNP0C02"), &uid(1), &resources])]))
 }
 

@@ -8,6 +8,7 @@ mod aml;
 mod fixed;
 mod layout;
 mod loader;
+mod wdat;
 
 use thiserror::Error;
 
@@ -60,6 +61,10 @@ pub struct AcpiConfig {
     pub mmio64: Option<Window>,
     /// Whether there is a COM1.
     pub serial: bool,
+    /// Whether there is a pvpanic port.
+    pub pvpanic: bool,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
     /// Address of the I/O APIC.
     pub ioapic: u32,
     /// Its ID.
@@ -136,7 +141,7 @@ pub struct AcpiTables {
 }
 
 impl AcpiTables {
-    /// The tables for `config`: RSDP first, then FACS, DSDT, FADT, MADT, MCFG, WAET, XSDT.
+    /// The tables for `config`: RSDP first, then FACS, DSDT, FADT, MADT, MCFG, WAET, WDAT if there is a watchdog, XSDT.
     ///
     /// # Errors
     /// [`AcpiError`] for a configuration that tables cannot express.
@@ -150,12 +155,15 @@ impl AcpiTables {
         set.point(fadt, fixed::FADT_FIRMWARE_CTRL, 4, facs);
         set.point(fadt, fixed::FADT_DSDT, 4, dsdt);
         set.point(fadt, fixed::FADT_X_DSDT, 8, dsdt);
-        let listed = [
+        let mut listed = vec![
             fadt,
             set.add_checked("APIC", fixed::madt(config)),
             set.add_checked("MCFG", fixed::mcfg(config)),
             set.add_checked("WAET", fixed::waet()),
         ];
+        if config.watchdog {
+            listed.push(set.add_checked("WDAT", wdat::wdat()));
+        }
         let xsdt = set.add_checked("XSDT", fixed::xsdt(listed.len()));
         for (index, table) in listed.into_iter().enumerate() {
             set.point(xsdt, fixed::HEADER + index * 8, 8, table);

@@ -1,5 +1,6 @@
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use super::*;
 
@@ -10,6 +11,8 @@ fn config(processors: u32) -> AcpiConfig {
         mmio32: vec![Window { first: 0xc000_0000, last: 0xfebf_ffff }],
         mmio64: Some(Window { first: 0x40_0000_0000, last: 0x7f_ffff_ffff }),
         serial: true,
+        pvpanic: true,
+        watchdog: true,
         ioapic: AcpiConfig::IOAPIC,
         ioapic_id: 0,
     }
@@ -56,7 +59,7 @@ fn an_operating_system_finds_every_table_from_the_rsdp_with_valid_checksums() {
         assert_eq!(rsdp[15], 2);
         assert_eq!((sum(&rsdp[..20]), sum(rsdp)), (0, 0));
         assert_eq!(placed.rsdp % 16, 0);
-        for signature in [b"FACP", b"APIC", b"MCFG", b"WAET"] {
+        for signature in [b"FACP", b"APIC", b"MCFG", b"WAET", b"WDAT"] {
             assert_eq!(sum(table(&placed, signature)), 0);
         }
         let fadt = table(&placed, b"FACP");
@@ -108,8 +111,8 @@ fn the_fadt_describes_the_full_hardware_model() {
     assert_eq!(fadt[109] & 0b10, 0, "no 8042");
     let flags = u32_at(fadt, 112);
     assert_eq!(flags & (1 << 20), 0, "not hardware-reduced");
-    assert_eq!(flags & (1 << 4), 0, "the power button is a fixed one");
-    for bit in [0, 2, 5, 8, 10] {
+    assert_eq!(flags & (1 << 4 | 1 << 5), 0, "the power button and the sleep button are fixed ones");
+    for bit in [0, 2, 8, 10] {
         assert_ne!(flags & (1 << bit), 0, "flag {bit}");
     }
     assert_eq!(flags & (1 << 18), 0);
@@ -121,6 +124,53 @@ fn the_fadt_describes_the_full_hardware_model() {
     }
     let many = self::placed(&config(9));
     assert_ne!(u32_at(table(&many, b"FACP"), 112) & (1 << 18), 0, "cluster model beyond 8 processors");
+}
+
+#[test]
+fn the_wdat_says_how_to_drive_the_registers_of_the_watchdog() {
+    use crate::bus::BusDevice;
+    use crate::chipset::watchdog::{WATCHDOG_BASE, WATCHDOG_LENGTH, Watchdog};
+
+    let placed = placed(&config(1));
+    let wdat = table(&placed, b"WDAT");
+    assert_eq!((u32_at(wdat, 36), &wdat[40..45]), (32, &[0xff, 0, 0xff, 0xff, 0xff][..]), "no PCI device");
+    assert_eq!((u32_at(wdat, 48), u32_at(wdat, 64) as usize), (1000, (wdat.len() - 68) / 24));
+    let watchdog = Watchdog::new(Arc::new(crate::chipset::HostClock::new()));
+    // As Linux' and Windows' drivers do it: a value to a register, or from it.
+    let run = |action: u8, count: u16| {
+        let entry = wdat[68..].chunks(24).find(|entry| entry[0] == action).unwrap();
+        let (instruction, bytes, port) = (entry[1], usize::from(entry[5] / 8), u64_at(entry, 8));
+        let offset = port - u64::from(WATCHDOG_BASE);
+        assert!(entry[4] == 1 && offset + bytes as u64 <= u64::from(WATCHDOG_LENGTH));
+        let (value, mask) = (u32_at(entry, 16), u32_at(entry, 20));
+        let mut data = vec![0; bytes];
+        match instruction {
+            0 | 1 => {
+                watchdog.read(offset, &mut data);
+                let read = data.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte)) & mask;
+                if instruction == 0 { u32::from(read == value) } else { read }
+            }
+            _ => {
+                let written = if instruction == 2 { value } else { u32::from(count) } & mask;
+                watchdog.write(offset, &written.to_le_bytes()[..bytes]);
+                written
+            }
+        }
+    };
+    assert_eq!((run(0x08, 0), run(0x0a, 0), run(0x20, 0)), (0, 1, 0), "stopped, and not expired");
+    run(0x06, 300);
+    assert_eq!(run(0x05, 0), 300);
+    run(0x09, 0);
+    run(0x01, 0);
+    assert_eq!((run(0x08, 0), run(0x0a, 0), run(0x04, 0)), (1, 0, 300));
+    run(0x0b, 0);
+    assert_eq!(run(0x0a, 0), 1);
+    run(0x06, 0);
+    run(0x09, 0);
+    assert!(watchdog.expires());
+    assert_eq!(run(0x20, 0), 1);
+    run(0x21, 0);
+    assert_eq!(run(0x20, 0), 0);
 }
 
 fn madt_entries(madt: &[u8]) -> Vec<&[u8]> {

@@ -1,4 +1,4 @@
-//! The chipset: ICH9-style power management, RTC/CMOS, i8042, reset, serial port, debug console.
+//! The chipset: ICH9-style power management, RTC/CMOS, i8042, reset, serial port, debug console, pvpanic, watchdog.
 //!
 //! [`Chipset`] makes all of it from a [`ChipsetConfig`] and claims its ports; each part also stands alone.
 
@@ -6,12 +6,15 @@ pub mod clock;
 pub mod debug_console;
 pub mod i8042;
 pub mod power;
+pub mod pvpanic;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod watchdog;
 
 use std::sync::Arc;
 
+use crate::DeviceNotifier;
 use crate::bus::{Bus, BusError};
 use crate::console::ConsoleOutput;
 use crate::interrupt::InterruptLine;
@@ -20,9 +23,11 @@ pub use clock::{Clock, HostClock};
 pub use debug_console::{DebugConsole, DebugSink};
 pub use i8042::I8042;
 pub use power::{ApmPorts, PowerManagement};
+pub use pvpanic::{PVPANIC_ID, Pvpanic};
 pub use reset::{Port92, ResetControl};
-pub use rtc::{Rtc, RtcConfig};
+pub use rtc::{Rtc, RtcConfig, RtcTimer};
 pub use serial::Serial;
+pub use watchdog::Watchdog;
 
 /// First port of the power management block (PMBASE of an ICH9 as firmware programs it).
 pub const PM_BASE: u16 = 0x600;
@@ -46,8 +51,12 @@ pub const ACPI_ENABLE: u8 = 2;
 pub const ACPI_DISABLE: u8 = 3;
 /// First port of the RTC.
 pub const RTC_BASE: u16 = 0x70;
+/// The interrupt (ISA IRQ and GSI) of the RTC: edge, active high.
+pub const RTC_IRQ: u32 = 8;
 /// CMOS byte that holds the century: the FADT's CENTURY.
 pub const RTC_CENTURY: u8 = 0x32;
+/// Port of pvpanic.
+pub const PVPANIC_PORT: u16 = 0x505;
 /// Port of the debug console.
 pub const DEBUG_PORT: u16 = 0x402;
 
@@ -63,8 +72,14 @@ pub struct ChipsetConfig {
     pub acpi_from_reset: bool,
     /// Raises the SCI, [`SCI_IRQ`].
     pub sci: Arc<dyn InterruptLine>,
+    /// Raises the interrupt of the RTC, [`RTC_IRQ`].
+    pub rtc: Arc<dyn InterruptLine>,
     /// Raises the interrupt of COM1, [`COM1_IRQ`], and where COM1 writes to. None leaves the serial port out.
     pub serial: Option<(Arc<dyn InterruptLine>, ConsoleOutput)>,
+    /// Who is told of the guest's panics. None leaves pvpanic out.
+    pub panics: Option<Arc<dyn DeviceNotifier>>,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
     /// Where lines go that firmware writes to the debug console. None leaves it out.
     pub debug: Option<Arc<dyn DebugSink>>,
 }
@@ -79,6 +94,9 @@ pub struct Chipset {
     pub reset_control: Arc<ResetControl>,
     /// COM1, if there is one. It is the console's [`InputSink`](crate::console::InputSink).
     pub serial: Option<Arc<Serial>>,
+    /// The watchdog, if there is one.
+    pub watchdog: Option<Arc<Watchdog>>,
+    pvpanic: Option<Arc<Pvpanic>>,
     i8042: Arc<I8042>,
     port92: Arc<Port92>,
     debug: Option<Arc<DebugConsole>>,
@@ -95,8 +113,10 @@ impl Chipset {
             offset_seconds: config.rtc_offset_seconds,
         };
         Self {
+            watchdog: config.watchdog.then(|| Arc::new(Watchdog::new(Arc::clone(&clock)))),
+            pvpanic: config.panics.map(|notifier| Arc::new(Pvpanic::new(notifier))),
             power: Arc::new(PowerManagement::new(config.sci, Arc::clone(&clock), config.acpi_from_reset)),
-            rtc: Arc::new(Rtc::new(&rtc, clock)),
+            rtc: Arc::new(Rtc::new(&rtc, clock, config.rtc)),
             reset_control: Arc::new(ResetControl::new()),
             serial: config.serial.map(|(line, output)| Arc::new(Serial::new(line, output))),
             i8042: Arc::new(I8042::new()),
@@ -120,10 +140,25 @@ impl Chipset {
         if let Some(serial) = &self.serial {
             ports.insert(u64::from(COM1_BASE), serial::LENGTH, Arc::clone(serial) as _)?;
         }
+        if let Some(pvpanic) = &self.pvpanic {
+            ports.insert(u64::from(PVPANIC_PORT), 1, Arc::clone(pvpanic) as _)?;
+        }
+        if let Some(watchdog) = &self.watchdog {
+            let length = u64::from(watchdog::WATCHDOG_LENGTH);
+            ports.insert(u64::from(watchdog::WATCHDOG_BASE), length, Arc::clone(watchdog) as _)?;
+        }
         if let Some(debug) = &self.debug {
             ports.insert(u64::from(DEBUG_PORT), 1, Arc::clone(debug) as _)?;
         }
         Ok(())
+    }
+
+    /// Stops the time of what counts it for the guest, or lets it go on.
+    pub fn pause(&self, paused: bool) {
+        self.rtc.pause(paused);
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.pause(paused);
+        }
     }
 
     /// Back to power-on, for a guest reset. The clock goes on, CMOS memory and console backlog stay.
@@ -133,6 +168,12 @@ impl Chipset {
         self.reset_control.reset();
         self.i8042.reset();
         self.port92.reset();
+        if let Some(pvpanic) = &self.pvpanic {
+            pvpanic.reset();
+        }
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.reset();
+        }
         if let Some(serial) = &self.serial {
             serial.reset();
         }

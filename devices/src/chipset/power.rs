@@ -55,7 +55,7 @@ struct State {
     sci: bool,
 }
 
-/// The PM block. The power button may be pressed from any thread.
+/// The PM block. The buttons may be pressed from any thread.
 ///
 /// The timer's TMR_STS is brought up to date when the guest looks; its turn-over every 10 minutes raises no SCI by itself.
 /// No known guest enables it: all poll the timer, as TMR_VAL_EXT tells them to.
@@ -79,6 +79,11 @@ impl PowerManagement {
     /// up to the guest.
     pub fn press_power_button(&self) {
         self.with(|state| state.pm1_status |= PWRBTN_STS);
+    }
+
+    /// Presses the sleep button: SLPBTN_STS, and an SCI as with the power button.
+    pub fn press_sleep_button(&self) {
+        self.with(|state| state.pm1_status |= SLPBTN_STS);
     }
 
     /// Raises general purpose event `number`, 0 to 63: its status bit, and an SCI if the guest has enabled it.

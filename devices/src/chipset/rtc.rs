@@ -1,18 +1,22 @@
 //! The real-time clock and CMOS memory at ports 0x70 and 0x71: an MC146818 with a century byte and the memory sizes that
 //! firmware reads.
 //!
-//! The clock is the host's plus an offset. What a guest writes changes the offset only, so time needs no thread and goes
-//! on while the VM is down. Alarm registers are kept, but alarm, periodic and update interrupts are not raised: IRQ 8 is
-//! not in the ACPI tables, and the flags AF and PF of register C stay zero. UF is true to the clock.
+//! The clock is the host's plus an offset. What a guest writes changes the offset only, so time itself needs no thread and goes
+//! on while the VM is down. Alarm, update and periodic interrupts do: [`RtcTimer`] waits for the next one that is enabled. Each is
+//! a pulse of the line whether or not register C was read since, as the WAET promises.
 //!
 //! Values that are no date or time (a 13th month) are brought to the nearest that is, when the clock is started on them.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::clock::Clock;
 use crate::bus::{BusDevice, VmRequest};
+use crate::interrupt::InterruptLine;
 
 mod calendar;
+mod interrupts;
+
+pub use interrupts::RtcTimer;
 
 use calendar::{DateTime, NANOSECONDS};
 
@@ -36,7 +40,13 @@ const A_DIVIDER_RUN: u8 = 2 << 4;
 const B_SET: u8 = 1 << 7;
 const B_BINARY: u8 = 1 << 2;
 const B_24H: u8 = 1 << 1;
-const C_UF: u8 = 1 << 4;
+/// Enables in B and flags in C, at the same places: periodic, alarm, update ended.
+const PERIODIC: u8 = 1 << 6;
+const ALARM: u8 = 1 << 5;
+const UPDATE: u8 = 1 << 4;
+const ENABLES: u8 = PERIODIC | ALARM | UPDATE;
+/// Register C: one of the flags is set and enabled.
+const C_IRQF: u8 = 1 << 7;
 const D_VALID: u8 = 1 << 7;
 const HOUR_PM: u8 = 1 << 7;
 
@@ -64,8 +74,25 @@ struct State {
     offset: i128,
     /// While the clock is held (SET, or divider in reset): the guest's sub-second phase and whether the divider was reset.
     held: Option<Held>,
-    /// The guest's second when register C was last read.
+    /// The guest's second up to which [`State::flags`] are true.
     updates_seen: i128,
+    /// The periodic tick up to which they are.
+    ticks_seen: u128,
+    /// The flags of register C, cleared when it is read.
+    flags: u8,
+    /// No interrupts now: the VM is paused.
+    paused: bool,
+    /// An interrupt became due while paused.
+    held_back: bool,
+    /// The timer's thread is to end.
+    ended: bool,
+}
+
+/// Both clocks at one moment.
+#[derive(Clone, Copy)]
+struct Now {
+    realtime: i128,
+    monotonic: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -76,13 +103,16 @@ struct Held {
 /// The clock and CMOS memory.
 pub struct Rtc {
     state: Mutex<State>,
+    /// What the timer waits for may have changed.
+    changed: Condvar,
     clock: Arc<dyn Clock>,
+    line: Arc<dyn InterruptLine>,
 }
 
 impl Rtc {
-    /// A clock that shows the host's time plus the configured offset, and memory sizes for firmware.
+    /// A clock that shows the host's time plus the configured offset, and memory sizes for firmware. `line` is IRQ 8, an edge.
     #[must_use]
-    pub fn new(config: &RtcConfig, clock: Arc<dyn Clock>) -> Self {
+    pub fn new(config: &RtcConfig, clock: Arc<dyn Clock>, line: Arc<dyn InterruptLine>) -> Self {
         let mut cmos = [0; 128];
         for (index, value) in [(A, 0x26), (B, B_24H), (D, D_VALID)].into_iter().chain(memory_sizes(config)) {
             if let Some(byte) = cmos.get_mut(usize::from(index)) {
@@ -91,18 +121,31 @@ impl Rtc {
         }
         let offset = i128::from(config.offset_seconds) * NANOSECONDS;
         let updates_seen = (clock.realtime() + offset).div_euclid(NANOSECONDS);
-        Self { state: Mutex::new(State { index: 0, cmos, offset, held: None, updates_seen }), clock }
+        let state = State {
+            index: 0,
+            cmos,
+            offset,
+            held: None,
+            updates_seen,
+            ticks_seen: 0,
+            flags: 0,
+            paused: false,
+            held_back: false,
+            ended: false,
+        };
+        Self { state: Mutex::new(state), changed: Condvar::new(), clock, line }
     }
 
     /// A machine reset: interrupt enables and NMI mask are cleared; time and memory stay (MC146818A, RESET pin).
     pub fn reset(&self) {
-        let mut state = self.lock();
-        state.index = 0;
-        let now = self.clock.realtime();
-        let b = state.get(B);
-        // SET is not touched by the pin, but a guest that died while setting the clock must not leave it stopped.
-        state.write_b(b & (B_BINARY | B_24H), now);
-        state.write_a(0x26, now);
+        self.with(|state, now| {
+            state.index = 0;
+            let b = state.get(B);
+            // SET is not touched by the pin, but a guest that died while setting the clock must not leave it stopped.
+            state.write_b(b & (B_BINARY | B_24H), now);
+            state.write_a(0x26, now);
+            state.flags = 0;
+        });
     }
 
     /// Guest time minus UTC in seconds, including what the guest itself set.
@@ -119,6 +162,10 @@ impl Rtc {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Now {
+        Now { realtime: self.clock.realtime(), monotonic: self.clock.monotonic() }
     }
 }
 
@@ -169,9 +216,8 @@ impl State {
                 self.get(A) | if updating { A_UIP } else { 0 }
             }
             C => {
-                let second = time.div_euclid(NANOSECONDS);
-                let updated = std::mem::replace(&mut self.updates_seen, second) != second;
-                if updated && self.held.is_none() { C_UF } else { 0 }
+                let interrupts = self.interrupts();
+                std::mem::take(&mut self.flags) | if interrupts != 0 { C_IRQF } else { 0 }
             }
             _ if Self::is_time(index) && self.held.is_none() => self.encoded(index, &DateTime::from_nanoseconds(time)),
             _ => self.get(index),
@@ -201,9 +247,11 @@ impl State {
     }
 
     fn write_b(&mut self, value: u8, now: i128) {
+        let mut value = value;
         if value & B_SET != 0 {
             // The registers are frozen in the mode that they were in, then read in the mode that is written.
             self.hold(now, false);
+            value &= !UPDATE;
         }
         self.put(B, value);
         self.update_hold(now);
@@ -270,14 +318,13 @@ impl State {
             u16::from(number(CENTURY)) * 100 + u16::from(number(YEAR).min(99)),
             number(MONTH),
             number(DAY),
-            self.decoded_hour(),
+            self.decode_hour(self.get(HOURS)),
             number(MINUTES),
             number(SECONDS),
         )
     }
 
-    fn decoded_hour(&self) -> u8 {
-        let hour = self.get(HOURS);
+    fn decode_hour(&self, hour: u8) -> u8 {
         if self.get(B) & B_24H != 0 {
             return self.decode(hour);
         }
@@ -296,22 +343,24 @@ impl State {
 
 impl BusDevice for Rtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut state = self.lock();
-        for (offset, byte) in (offset..).zip(data) {
-            // The index register is write-only.
-            *byte = if offset == 1 { state.read(self.clock.realtime()) } else { 0xff };
-        }
+        self.with(|state, now| {
+            for (offset, byte) in (offset..).zip(data) {
+                // The index register is write-only.
+                *byte = if offset == 1 { state.read(now) } else { 0xff };
+            }
+        });
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Option<VmRequest> {
-        let mut state = self.lock();
-        for (offset, &byte) in (offset..).zip(data) {
-            if offset == 0 {
-                state.index = byte;
-            } else {
-                state.write(byte, self.clock.realtime());
+        self.with(|state, now| {
+            for (offset, &byte) in (offset..).zip(data) {
+                if offset == 0 {
+                    state.index = byte;
+                } else {
+                    state.write(byte, now);
+                }
             }
-        }
+        });
         None
     }
 }

@@ -12,6 +12,7 @@ use rackvisor_devices::metrics::{MetricSource, Sample, Value};
 use rackvisor_devices::net::NetHandle;
 use rackvisor_devices::virtio::pci::VirtioPci;
 
+use super::clock::LiveClock;
 use super::{disks, limits};
 
 /// A disk that is open.
@@ -168,6 +169,8 @@ pub struct Inventory {
     pub serial_path: Option<PathBuf>,
     /// All counters.
     pub metrics: Vec<Arc<dyn MetricSource>>,
+    /// What counts time for the guest.
+    pub clock: Option<LiveClock>,
     disks: Vec<(String, LiveDisk)>,
     groups: Vec<(String, Arc<Limiter>)>,
     nics: Vec<(String, LiveNic)>,

@@ -60,9 +60,10 @@ impl Machine {
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus, by_firmware)?;
         let apic_ids = new_vcpus.apic_ids.clone();
         let console = LiveConsole::open(&config.serial, host)?;
-        let mut platform = platform::build(config, &vm, &console)?;
+        let mut platform = platform::build(config, &vm, &console, host)?;
         platform.add_firmware(config, host, &vm, ram.shared(), &apic_ids)?;
         let mut inventory = Inventory::new(console.pty_path());
+        inventory.clock = Some(platform.live_clock());
         let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;
@@ -105,6 +106,7 @@ impl Machine {
     /// # Errors
     /// [`DeviceBusy`] for the device that waits longest.
     pub fn pause_devices(&self) -> Result<(), DeviceBusy> {
+        self.platform.pause(true);
         let busy = self.inventory.transports().iter().filter_map(|t| {
             let busy = t.pause().err()?;
             Some(DeviceBusy { device: t.id().to_owned(), busy })
@@ -117,6 +119,7 @@ impl Machine {
     /// # Errors
     /// [`DeviceStart`] for the first device that does not.
     pub fn resume_devices(&self) -> Result<(), DeviceStart> {
+        self.platform.pause(false);
         self.inventory
             .transports()
             .iter()
@@ -139,6 +142,11 @@ impl Machine {
     /// Presses the power button.
     pub fn press_power_button(&self) {
         self.platform.power().press_power_button();
+    }
+
+    /// Presses the sleep button.
+    pub fn press_sleep_button(&self) {
+        self.platform.power().press_sleep_button();
     }
 
     /// Sends a non-maskable interrupt to every vCPU.

@@ -2,6 +2,7 @@
 //!
 //! Everything is opened and every thread is started (parked) here, before the first guest instruction runs.
 
+mod clock;
 mod console;
 mod disks;
 mod firmware;
@@ -24,6 +25,7 @@ use rackvisor_devices::virtio::{StartError, StillBusy};
 use rackvisor_devices::{DeviceNotifier, ThreadSpawner};
 use thiserror::Error;
 
+pub use self::clock::LiveClock;
 pub use self::console::StdioHooks;
 pub use self::inventory::{Inventory, LiveDisk, LiveNic};
 pub use self::machine::Machine;
@@ -54,6 +56,8 @@ pub struct Host {
     pub vcpu_events: EventSink,
     /// The taps that came as descriptors.
     pub taps: Taps,
+    /// Seconds that earlier guests have set the clock beyond what the configuration says.
+    pub clock_shift: i64,
     /// Options of the program.
     pub options: HostOptions,
 }

@@ -3,17 +3,22 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use rackvisor_api::config::VmConfig;
+use rackvisor_api::config::{CpusConfig, VmConfig};
+use rackvisor_api::problem::{Pointer, Problem};
 use rackvisor_devices::GuestMemory;
 use rackvisor_devices::bus::Bus;
-use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, DebugSink, PowerManagement, SCI_IRQ};
+use rackvisor_devices::chipset::{
+    COM1_IRQ, Chipset, ChipsetConfig, DebugSink, PowerManagement, RTC_IRQ, RtcTimer, SCI_IRQ,
+};
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
 use rackvisor_devices::pci::{PciFunction, Root};
 use vm_memory::GuestMemoryMmap;
 
+use super::clock::LiveClock;
 use super::console::LiveConsole;
 use super::firmware::{Board, Firmware, FirmwareLog};
-use super::{AssemblyError, Host, tables};
+use super::{AssemblyError, Host, clock, tables};
+use crate::cpu::model::default_phys_bits;
 use crate::cpu::vcpu;
 use crate::kvm::interrupts::KvmLine;
 use crate::kvm::ioevents::KvmIoEvents;
@@ -30,6 +35,11 @@ pub struct Platform {
     chipset: Chipset,
     bridge: Arc<HostBridge>,
     firmware: Option<Firmware>,
+    pvpanic: bool,
+    /// Seconds beyond UTC by the configuration.
+    clock_offset: i64,
+    /// Raises the interrupts of the clock.
+    _clock: RtcTimer,
     ram_size: u64,
 }
 
@@ -37,15 +47,20 @@ pub struct Platform {
 ///
 /// # Errors
 /// [`AssemblyError::Host`] if two parts claim the same registers, which is a bug of the VMM.
-pub fn build(config: &VmConfig, vm: &Arc<VmFd>, console: &LiveConsole) -> Result<Platform, AssemblyError> {
+pub fn build(config: &VmConfig, vm: &Arc<VmFd>, console: &LiveConsole, host: &Host) -> Result<Platform, AssemblyError> {
     let by_firmware = config.boot.as_ref().is_some_and(|boot| boot.firmware.is_some());
     let ram_size = config.memory.size.bytes();
+    check_addresses(config)?;
     let ram_below_4g = ram_size.min(layout::RAM_32BIT_END);
+    let clock_offset = clock::offset(config.clock);
     let line = |gsi| Arc::new(KvmLine::new(Arc::clone(vm), gsi));
     let chipset = Chipset::new(ChipsetConfig {
         ram_below_4g,
         ram_above_4g: ram_size - ram_below_4g,
-        rtc_offset_seconds: 0,
+        rtc_offset_seconds: clock_offset.saturating_add(host.clock_shift),
+        rtc: line(RTC_IRQ),
+        panics: config.pvpanic.then(|| Arc::clone(&host.notifier)),
+        watchdog: config.watchdog.is_some(),
         acpi_from_reset: !by_firmware,
         sci: line(SCI_IRQ),
         serial: Some((line(COM1_IRQ), console.output())),
@@ -64,7 +79,37 @@ pub fn build(config: &VmConfig, vm: &Arc<VmFd>, console: &LiveConsole) -> Result
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
-    Ok(Platform { pio, mmio, root, chipset, bridge, firmware: None, ram_size })
+    let timer =
+        RtcTimer::start(&chipset.rtc, &*host.spawner).map_err(|e| AssemblyError::host("thread of the clock")(&e))?;
+    Ok(Platform {
+        pio,
+        mmio,
+        root,
+        chipset,
+        bridge,
+        firmware: None,
+        pvpanic: config.pvpanic,
+        clock_offset,
+        _clock: timer,
+        ram_size,
+    })
+}
+
+/// The guest must be able to reach all of its addresses with the bits that it is shown.
+fn check_addresses(config: &VmConfig) -> Result<(), AssemblyError> {
+    let CpusConfig { phys_bits, model, .. } = config.cpus;
+    let Some(bits) = phys_bits.or(default_phys_bits(model)) else { return Ok(()) };
+    let (start, length) = layout::pci_64bit_window(config.memory.size.bytes());
+    if start + length <= 1 << bits {
+        return Ok(());
+    }
+    let detail = format!("{bits} bits of physical addresses do not reach the end of the guest's memory and devices");
+    let problem = Problem::invalid(
+        &Pointer::root().key("cpus").key("phys_bits"),
+        detail,
+        "choose more, or give the VM less memory",
+    );
+    Err(AssemblyError::Config(problem))
 }
 
 impl Platform {
@@ -78,6 +123,17 @@ impl Platform {
     #[must_use]
     pub fn power(&self) -> &PowerManagement {
         &self.chipset.power
+    }
+
+    /// The clock and the watchdog as they are described from outside.
+    #[must_use]
+    pub fn live_clock(&self) -> LiveClock {
+        LiveClock::new(Arc::clone(&self.chipset.rtc), self.chipset.watchdog.clone(), self.clock_offset)
+    }
+
+    /// Stops the time of what counts it for the guest, or lets it go on.
+    pub fn pause(&self, paused: bool) {
+        self.chipset.pause(paused);
     }
 
     /// What the accesses of vCPUs reach.
@@ -134,7 +190,8 @@ impl Platform {
     fn tables(&self, apic_ids: &[u32], by_firmware: bool) -> tables::Platform {
         let bridge = Arc::clone(&self.bridge);
         let root = by_firmware.then(|| Arc::downgrade(&self.root));
-        tables::Platform { apic_ids: apic_ids.to_vec(), ram: self.ram_size, bridge, root }
+        let (pvpanic, watchdog) = (self.pvpanic, self.chipset.watchdog.is_some());
+        tables::Platform { apic_ids: apic_ids.to_vec(), ram: self.ram_size, pvpanic, watchdog, bridge, root }
     }
 
     /// Back to power-on. Devices must have drained.

@@ -27,6 +27,9 @@ pub struct Platform {
     pub apic_ids: Vec<u32>,
     /// Bytes of RAM.
     pub ram: u64,
+    /// Whether there is a device for panics, and a watchdog.
+    pub pvpanic: bool,
+    pub watchdog: bool,
     /// Knows where configuration space is.
     pub bridge: Arc<HostBridge>,
     /// Knows where BARs are, if firmware places them. A device on the bus has this: it must not keep the bus.
@@ -53,6 +56,8 @@ impl Platform {
             mmio32,
             mmio64: Some(mmio64),
             serial: true,
+            pvpanic: self.pvpanic,
+            watchdog: self.watchdog,
             ioapic: layout::IOAPIC,
             ioapic_id: 0,
         }

@@ -17,7 +17,7 @@ use std::time::Instant;
 use rackvisor_api::config::{OnReboot, ReservationKey, VmConfig};
 use rackvisor_api::control::{Reply, Request, Response};
 use rackvisor_api::descriptors::Descriptors;
-use rackvisor_api::events::{EventKind, EventLog};
+use rackvisor_api::events::{EventKind, EventLog, GuestPanic, PanicSource};
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::state::{Action, GuestEvent, RequestKind, VmState, decide, guest_event};
 use rackvisor_devices::bus::VmRequest;
@@ -57,6 +57,13 @@ pub struct Controller {
     generation: Generation,
     pub(super) booted: Option<Instant>,
     pub(super) resets: u64,
+    /// What the guest said first when it panicked.
+    pub(super) guest_panic: Option<GuestPanic>,
+    /// Seconds that the guests of this definition have set their clock beyond what it says.
+    pub(super) clock_shift: i64,
+    /// Seconds that it was beyond UTC when the last guest ended.
+    pub(super) last_clock_offset: Option<i64>,
+    pub(super) last_look_at_watchdog: Option<Instant>,
     pub(super) terminating: bool,
     ended: bool,
     pub(super) mailbox: Mailbox,
@@ -103,6 +110,10 @@ impl Controller {
             generation: 0,
             booted: None,
             resets: 0,
+            guest_panic: None,
+            clock_shift: 0,
+            last_clock_offset: None,
+            last_look_at_watchdog: None,
             terminating: false,
             ended: false,
             mailbox,
@@ -122,7 +133,7 @@ impl Controller {
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         let operation = self.operation.as_ref().and_then(Operation::deadline);
-        operation.into_iter().chain(self.next_look_at_disks()).min()
+        operation.into_iter().chain(self.next_look_at_disks()).chain(self.next_look_at_watchdog()).min()
     }
 
     /// How things stand.
@@ -168,6 +179,7 @@ impl Controller {
             self.drain();
         }
         self.look_at_disks(Instant::now());
+        self.look_at_watchdog(Instant::now());
         self.work_off();
     }
 
@@ -234,10 +246,11 @@ impl Controller {
             Action::Shutdown => {
                 self.begin(Purpose::End(Ending { to: VmState::Stopped, cause: None }), Some(reply));
             }
-            Action::PowerButton | Action::Nmi => {
+            Action::PowerButton | Action::SleepButton | Action::Nmi => {
                 if let Some(machine) = &self.machine {
                     match action {
                         Action::Nmi => machine.nmi(),
+                        Action::SleepButton => machine.press_sleep_button(),
                         _ => machine.press_power_button(),
                     }
                 }
@@ -258,6 +271,7 @@ impl Controller {
         let host = Host {
             spawner: Arc::clone(&self.spawner),
             taps: self.taps.clone(),
+            clock_shift: self.clock_shift,
             options: self.options.clone(),
             notifier: self.mailbox.notifier(generation),
             vcpu_events: Arc::new(move |event| {
@@ -282,9 +296,11 @@ impl Controller {
                 self.metrics.replace(inventory.metrics.clone());
                 self.inventory = Some(inventory);
                 self.disk_watch = DiskWatch::from_now();
+                self.last_look_at_watchdog = Some(Instant::now());
                 self.machine = Some(Box::new(machine));
                 self.booted = Some(Instant::now());
                 self.resets = 0;
+                self.guest_panic = None;
                 self.passed(RequestKind::Act(Action::Boot));
                 self.move_to(VmState::Running, None);
                 reply.send(self.described());
@@ -314,6 +330,7 @@ impl Controller {
     pub(super) fn restart(&mut self, run: bool, by_guest: bool, reply: Option<Reply>) {
         let Some(mut machine) = self.machine.take() else { return };
         self.resets += 1;
+        self.guest_panic = None;
         self.guest_wants = None;
         if by_guest {
             self.publish(EventKind::GuestReset);
@@ -351,6 +368,10 @@ impl Controller {
         self.generation += 1;
         self.guest_wants = None;
         self.condemned = None;
+        if let Some(clock) = self.inventory.as_ref().and_then(|inventory| inventory.clock.as_ref()) {
+            self.last_clock_offset = Some(clock.offset());
+            self.clock_shift = clock.shift();
+        }
         // Whoever describes devices now sees configuration only; the job must have the last hold of guest RAM.
         self.inventory = None;
         self.metrics.replace(Vec::new());
@@ -399,7 +420,8 @@ impl Controller {
     }
 
     fn vcpu_event(&mut self, event: VcpuEvent) {
-        if self.operation.is_some() {
+        // A panic is only to be told, and nothing waits for it.
+        if self.operation.is_some() && !matches!(event, VcpuEvent::GuestPanicked(_)) {
             self.guest_wants.get_or_insert(event);
             return;
         }
@@ -415,10 +437,21 @@ impl Controller {
             }
             VcpuEvent::Request(request) => tracing::error!(?request, "a request that no part of the VM takes"),
             VcpuEvent::Crashed(cause) => self.guest_ends(GuestEvent::Crash, &cause),
+            VcpuEvent::GuestPanicked(parameters) => {
+                let parameters = parameters.iter().map(|parameter| format!("{parameter:#x}")).collect();
+                self.guest_panicked(GuestPanic { source: PanicSource::Hyperv, parameters, dumping: false });
+            }
         }
     }
 
-    fn guest_ends(&mut self, event: GuestEvent, cause: &str) {
+    /// The guest goes on: it may want to write a dump.
+    fn guest_panicked(&mut self, told: GuestPanic) {
+        tracing::warn!(vm = self.name(), ?told, "the guest panicked");
+        self.guest_panic.get_or_insert_with(|| told.clone());
+        self.publish(EventKind::GuestPanicked(told));
+    }
+
+    pub(super) fn guest_ends(&mut self, event: GuestEvent, cause: &str) {
         let Some(to) = guest_event(self.state, event) else { return };
         self.begin(Purpose::End(Ending { to, cause: Some(cause.to_owned()) }), None);
     }
@@ -447,6 +480,9 @@ impl Controller {
             DeviceEvent::BackendRestored { detail } => self.publish(EventKind::DeviceRestored { device, detail }),
             DeviceEvent::BackendLost { reason } => {
                 self.publish(EventKind::DeviceError { device, detail: reason });
+            }
+            DeviceEvent::GuestPanicked { dumping } => {
+                self.guest_panicked(GuestPanic { source: PanicSource::Pvpanic, parameters: Vec::new(), dumping });
             }
             DeviceEvent::ReservationLost { holder } => {
                 let cause = taken(&device, holder);

@@ -97,6 +97,7 @@ impl Controller {
         let (old, unused) = (self.config.replace(*config), std::mem::replace(&mut self.taps, taps));
         let outcome = match subject {
             Subject::Vm => {
+                (self.clock_shift, self.last_clock_offset) = (0, None);
                 self.passed(RequestKind::Define);
                 self.move_to(VmState::Defined, None);
                 let answer = if old.is_none() { Response::VmCreated } else { Response::Vm };

@@ -8,7 +8,7 @@ use rackvisor_api::state::VmState;
 use rackvisor_devices::virtio::pci::{DriverState, VirtioPci};
 
 use super::controller::Controller;
-use crate::assembly::LiveDisk;
+use crate::assembly::{LiveClock, LiveDisk};
 
 impl Controller {
     pub(super) fn describe(&self) -> Result<VmInfo, Problem> {
@@ -19,12 +19,19 @@ impl Controller {
             pending: self.pending(),
             uptime_ms: self.booted.map(|b| u64::try_from(b.elapsed().as_millis()).unwrap_or(u64::MAX)),
             resets: self.resets,
+            guest_panic: self.guest_panic.clone(),
+            clock_offset: self.clock_offset(),
             vcpus: self.inventory.as_ref().map_or(0, |_| config.cpus.count),
             serial_path: self.inventory.as_ref().and_then(|i| i.serial_path.clone()),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             config: config.clone(),
         })
+    }
+
+    fn clock_offset(&self) -> Option<i64> {
+        let clock = self.inventory.as_ref().and_then(|inventory| inventory.clock.as_ref());
+        clock.map(LiveClock::offset).or(self.last_clock_offset)
     }
 
     /// Answers a request about devices.

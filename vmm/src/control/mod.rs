@@ -8,6 +8,7 @@ mod draining;
 mod jobs;
 mod mailbox;
 mod operation;
+mod watchdog;
 
 use std::io::Read;
 use std::os::fd::AsRawFd;

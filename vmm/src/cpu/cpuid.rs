@@ -1,9 +1,11 @@
-//! CPUID: what KVM can do on this host, shaped by the configuration (Intel SDM vol. 2A CPUID; AMD APM vol. 3 appendix E).
+//! CPUID: what KVM can do on this host, or a named model has, shaped by the configuration (Intel SDM vol. 2A CPUID; AMD APM vol. 3 appendix E).
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
+use rackvisor_api::config::{CpuModelName, CpusConfig, HypervFeatures};
 
 use super::topology::ApicIds;
+use super::{CpuError, hyperv, model};
 use crate::kvm::{KvmError, refused};
 
 const LEAF_FEATURES: u32 = 0x1;
@@ -12,18 +14,22 @@ const LEAF_POWER: u32 = 0x6;
 const LEAF_EXTENDED_TOPOLOGY: u32 = 0xb;
 const LEAF_V2_EXTENDED_TOPOLOGY: u32 = 0x1f;
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
+const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
 /// TSC and APIC timer frequency, where hypervisors put it.
 const LEAF_TIMING: u32 = 0x4000_0010;
 const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
 const LEAF_AMD_SIZES: u32 = 0x8000_0008;
+const LEAF_AMD_SVM: u32 = 0x8000_000a;
 const LEAF_AMD_CACHES: u32 = 0x8000_001d;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 
+const ECX_VMX: u32 = 1 << 5;
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
+const AMD_ECX_SVM: u32 = 1 << 2;
 const AMD_ECX_TOPOEXT: u32 = 1 << 22;
 /// KVM's APIC timer counts at 1 GHz.
 const APIC_BUS_KHZ: u32 = 1_000_000;
@@ -37,14 +43,85 @@ pub struct CpuModel {
 }
 
 impl CpuModel {
-    /// What this host's KVM supports, for vCPUs in this topology with a TSC of `tsc_khz`.
+    /// What `config` asks for, with a TSC of `tsc_khz`.
     ///
     /// # Errors
-    /// [`KvmError::Ioctl`].
-    pub fn host(kvm: &Kvm, ids: ApicIds, tsc_khz: u32) -> Result<Self, KvmError> {
+    /// [`CpuError`] with what this host lacks.
+    pub fn of(kvm: &Kvm, config: &CpusConfig, tsc_khz: u32) -> Result<Self, CpuError> {
         let supported =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("the list of supported CPU features"))?;
-        Ok(Self::new(supported.as_slice().to_vec(), ids, tsc_khz))
+        let host = Self::new(supported.as_slice().to_vec(), ApicIds::new(config.topology()), tsc_khz);
+        let mut model = host.named(config.model, tsc_khz)?;
+        model.nest(&host, config.nested)?;
+        let bits = config.phys_bits.or(model::default_phys_bits(config.model));
+        model.limit_addresses(&host, bits)?;
+        if let Some(features) = config.hyperv.features() {
+            let missing = hyperv::missing(kvm, &features)?;
+            if !missing.is_empty() {
+                return Err(CpuError::Hyperv(missing));
+            }
+            model.show_hyperv(&features);
+        }
+        Ok(model)
+    }
+
+    /// This host as the model with this name.
+    fn named(&self, name: CpuModelName, tsc_khz: u32) -> Result<Self, CpuError> {
+        if name == CpuModelName::Host {
+            return Ok(self.clone());
+        }
+        let missing = model::missing(&self.entries, name, self.amd);
+        if !missing.is_empty() {
+            return Err(CpuError::Model { name, missing });
+        }
+        Ok(Self::new(model::leaves(&self.entries, name, self.amd), self.ids, tsc_khz))
+    }
+
+    /// Shows or hides what a hypervisor in the guest needs.
+    fn nest(&mut self, host: &Self, wanted: bool) -> Result<(), CpuError> {
+        let (leaf, bit) = if self.amd { (LEAF_AMD_FEATURES, AMD_ECX_SVM) } else { (LEAF_FEATURES, ECX_VMX) };
+        let there = host.entries.iter().any(|entry| entry.function == leaf && entry.ecx & bit != 0);
+        if wanted && !there {
+            return Err(CpuError::Nested);
+        }
+        for entry in self.entries.iter_mut().filter(|entry| entry.function == leaf) {
+            set(&mut entry.ecx, bit, wanted);
+        }
+        self.entries.retain(|entry| entry.function != LEAF_AMD_SVM);
+        self.entries.extend(host.entries.iter().filter(|entry| wanted && entry.function == LEAF_AMD_SVM));
+        Ok(())
+    }
+
+    /// Shows this many bits of physical addresses, or the host's.
+    fn limit_addresses(&mut self, host: &Self, bits: Option<u8>) -> Result<(), CpuError> {
+        let Some(bits) = bits else { return Ok(()) };
+        let sizes = host.entries.iter().find(|entry| entry.function == LEAF_AMD_SIZES);
+        let there = sizes.map_or(0, |entry| entry.eax & 0xff);
+        if u32::from(bits) > there {
+            return Err(CpuError::PhysBits { wanted: bits, there });
+        }
+        for entry in self.entries.iter_mut().filter(|entry| entry.function == LEAF_AMD_SIZES) {
+            // What a guest of the guest has is not told.
+            entry.eax = entry.eax & 0xff00 | u32::from(bits);
+        }
+        Ok(())
+    }
+
+    /// Hyper-V's leaves in the place of KVM's, which move or go.
+    fn show_hyperv(&mut self, features: &HypervFeatures) {
+        self.entries.retain(|entry| {
+            let kvm = matches!(entry.function, LEAF_HYPERVISOR | LEAF_KVM_FEATURES);
+            entry.function != LEAF_TIMING && (features.kvm || !kvm)
+        });
+        for entry in &mut self.entries {
+            if entry.function == LEAF_HYPERVISOR {
+                entry.eax = hyperv::KVM_LEAVES + 1;
+            }
+            if matches!(entry.function, LEAF_HYPERVISOR | LEAF_KVM_FEATURES) {
+                entry.function += hyperv::KVM_LEAVES - LEAF_HYPERVISOR;
+            }
+        }
+        self.entries.extend(hyperv::leaves(features));
     }
 
     fn new(supported: Vec<kvm_cpuid_entry2>, ids: ApicIds, tsc_khz: u32) -> Self {
@@ -54,6 +131,9 @@ impl CpuModel {
         let mut entries: Vec<_> = supported.iter().filter(|e| !made_here.contains(&e.function)).copied().collect();
         entries.extend(supported.iter().filter(|e| e.function == LEAF_INTEL_CACHES && !amd));
         entries.push(kvm_cpuid_entry2 { function: LEAF_TIMING, eax: tsc_khz, ebx: APIC_BUS_KHZ, ..Default::default() });
+        for entry in entries.iter_mut().filter(|entry| entry.function == LEAF_HYPERVISOR) {
+            entry.eax = LEAF_TIMING;
+        }
         Self { entries, ids, amd }
     }
 
@@ -92,7 +172,6 @@ impl CpuModel {
                 entry.eax &= 1 << 2;
                 entry.ecx = 0;
             }
-            LEAF_HYPERVISOR => entry.eax = LEAF_TIMING,
             LEAF_AMD_FEATURES if self.amd => {
                 entry.ecx |= AMD_ECX_TOPOEXT;
                 set(&mut entry.ecx, AMD_ECX_CMP_LEGACY, per_socket > 1);
@@ -182,6 +261,49 @@ mod tests {
         assert_eq!(find(&amd, 0x8000_0008, 0).ecx, 3 << 12 | 5);
         let intel = model(b"Genu", 3, 2).for_vcpu(0).unwrap();
         assert_eq!(find(&intel, 4, 0).eax >> 14, 1 | 2 << 12, "two threads share the L1, three cores are in a socket");
+    }
+
+    #[test]
+    fn nesting_is_hidden_unless_it_is_asked_for_and_there() {
+        for (vendor, leaf, bit) in [(b"Auth", 0x8000_0001, AMD_ECX_SVM), (b"Genu", 1, ECX_VMX)] {
+            let mut host = model(vendor, 1, 1);
+            assert!(matches!(host.clone().nest(&host, true), Err(CpuError::Nested)));
+            host.entries.iter_mut().filter(|e| e.function == leaf).for_each(|e| e.ecx |= bit);
+            host.entries.push(kvm_cpuid_entry2 { function: LEAF_AMD_SVM, ..Default::default() });
+            for wanted in [false, true] {
+                let mut shown = host.clone();
+                shown.nest(&host, wanted).unwrap();
+                assert_eq!(find(&shown.for_vcpu(0).unwrap(), leaf, 0).ecx & bit != 0, wanted);
+                assert_eq!(shown.entries.iter().any(|e| e.function == LEAF_AMD_SVM), wanted);
+            }
+        }
+    }
+
+    #[test]
+    fn physical_addresses_have_at_most_the_bits_that_the_host_has() {
+        let mut host = model(b"Genu", 1, 1);
+        host.entries.iter_mut().filter(|e| e.function == LEAF_AMD_SIZES).for_each(|e| e.eax = 0x30_302e);
+        let shown = |bits| {
+            let mut shown = host.clone();
+            shown.limit_addresses(&host, bits).map(|()| find(&shown.for_vcpu(0).unwrap(), LEAF_AMD_SIZES, 0).eax)
+        };
+        assert_eq!((shown(None).unwrap(), shown(Some(40)).unwrap()), (0x30_302e, 0x3028));
+        assert!(matches!(shown(Some(47)), Err(CpuError::PhysBits { wanted: 47, there: 46 })));
+    }
+
+    #[test]
+    fn a_hyper_v_takes_the_place_of_kvms_leaves_which_move_or_go() {
+        let with = |features: &HypervFeatures| {
+            let mut model = model(b"Genu", 1, 1);
+            model.show_hyperv(features);
+            model.for_vcpu(0).unwrap()
+        };
+        let both = with(&HypervFeatures::default());
+        assert_eq!(find(&both, 0x4000_0000, 0).eax, 0x4000_0005);
+        assert_eq!(find(&both, 0x4000_0100, 0).eax, 0x4000_0101);
+        let has = |cpuid: &CpuId, function| cpuid.as_slice().iter().any(|e| e.function == function);
+        assert!(!has(&both, 0x4000_0010), "Windows reads the frequencies as MSRs");
+        assert!(!has(&with(&HypervFeatures { kvm: false, ..HypervFeatures::default() }), 0x4000_0100));
     }
 
     #[test]

@@ -16,13 +16,15 @@ pub enum Exit {
     MmioRead,
     /// The guest wrote a device register in memory.
     MmioWrite,
+    /// KVM passed on something of the Hyper-V interface.
+    Hyperv,
     /// The VMM wanted the vCPU.
     Signal,
     /// Anything else.
     Other,
 }
 
-const REASONS: [&str; 6] = ["port-read", "port-write", "mmio-read", "mmio-write", "signal", "other"];
+const REASONS: [&str; 7] = ["port-read", "port-write", "mmio-read", "mmio-write", "hyperv", "signal", "other"];
 
 /// Exits of one vCPU by reason.
 #[derive(Debug, Default)]

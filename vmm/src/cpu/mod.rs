@@ -1,7 +1,10 @@
 //! vCPUs: what they are (CPUID, MSRs, registers) and the threads that run them.
 
 pub mod cpuid;
+pub mod features;
+pub mod hyperv;
 pub mod metrics;
+pub mod model;
 pub mod state;
 #[cfg(test)]
 mod tests;
@@ -15,7 +18,7 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use rackvisor_api::config::CpusConfig;
+use rackvisor_api::config::{CpuModelName, CpusConfig};
 use rackvisor_devices::ThreadSpawner;
 use rackvisor_devices::metrics::MetricSource;
 use thiserror::Error;
@@ -49,6 +52,37 @@ pub enum CpuError {
         wanted: String,
         /// What there is.
         limit: usize,
+    },
+    /// KVM lacks Hyper-V enlightenments that the guest is to see.
+    #[error(
+        "this host's KVM lacks Hyper-V enlightenments: {}; turn them off in `cpus.hyperv` on every host, or use a newer \
+         kernel here", .0.join(", ")
+    )]
+    Hyperv(Vec<&'static str>),
+    /// The host's CPU or KVM lacks what the model has.
+    #[error(
+        "this host lacks features of CPU model {name}: {}; choose an older `cpus.model` for the VM on all hosts, or a newer host",
+        missing.join(", ")
+    )]
+    Model {
+        /// The model.
+        name: CpuModelName,
+        /// The features.
+        missing: Vec<&'static str>,
+    },
+    /// No nested virtualisation.
+    #[error(
+        "this host's KVM offers no nested virtualisation: set the parameter `nested` of kvm_intel or kvm_amd to 1, or \
+         `cpus.nested` to false"
+    )]
+    Nested,
+    /// Fewer bits of physical addresses than asked for.
+    #[error("this host's CPU has {there} bits of physical addresses, not {wanted}: choose fewer in `cpus.phys_bits`")]
+    PhysBits {
+        /// What was asked for.
+        wanted: u8,
+        /// What there is.
+        there: u32,
     },
     /// No thread could be had.
     #[error("cannot start the thread of vCPU {index}: {source}; raise the limit of processes (pids.max, ulimit -u)")]
@@ -88,6 +122,7 @@ impl NewVcpus {
             cap.args[0] = flags;
             vm.enable_cap(&cap).map_err(refused("32-bit APIC IDs"))?;
         }
+        let hyperv = config.hyperv.features();
         let mut model = None;
         let fds = apic_ids.iter().map(|id| -> Result<_, CpuError> {
             let fd = vm.create_vcpu(u64::from(*id)).map_err(refused("a new vCPU"))?;
@@ -95,14 +130,19 @@ impl NewVcpus {
                 Some(model) => model,
                 None => {
                     let tsc_khz = fd.get_tsc_khz().map_err(refused("the frequency of the TSC"))?;
-                    model.insert(CpuModel::host(kvm, ids, tsc_khz)?)
+                    model.insert(CpuModel::of(kvm, config, tsc_khz)?)
                 }
             };
             fd.set_cpuid2(&model.for_vcpu(*id)?).map_err(refused("the CPUID of a vCPU"))?;
+            state::lock_features(&fd, config.nested)?;
             if !by_firmware {
                 state::set_firmware_state(&fd)?;
             }
-            let power_on = PowerOnState::save(kvm, &fd)?;
+            if let Some(features) = &hyperv {
+                hyperv::prepare(kvm, &fd, features)?;
+            }
+            let more = hyperv.iter().flat_map(|_| hyperv::unlisted_msrs());
+            let power_on = PowerOnState::save(kvm, &fd, more)?;
             Ok((fd, power_on))
         });
         Ok(Self { fds: fds.collect::<Result<_, _>>()?, apic_ids })
@@ -130,6 +170,7 @@ impl NewVcpus {
                 commands,
                 events: Arc::clone(events),
                 metrics: Arc::clone(&metrics),
+                panic_told: false,
             };
             let handle = spawner
                 .spawn(&format!("vcpu{index}"), Box::new(move || thread.run()))

@@ -19,6 +19,9 @@ const RFLAGS_FIXED: u64 = 1 << 1;
 
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_APIC_BASE: u32 = 0x1b;
+const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
+const FEATURE_CONTROL_LOCKED: u64 = 1;
+const FEATURE_CONTROL_VMX: u64 = 1 << 2;
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -43,13 +46,14 @@ pub struct PowerOnState {
 }
 
 impl PowerOnState {
-    /// Reads the state of a vCPU that has not run yet. `kvm` lists the MSRs.
+    /// Reads the state of a vCPU that has not run yet. `kvm` lists the MSRs, to which `more` are added.
     ///
     /// # Errors
     /// [`KvmError::Ioctl`].
-    pub fn save(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self, KvmError> {
+    pub fn save(kvm: &Kvm, vcpu: &VcpuFd, more: impl Iterator<Item = u32>) -> Result<Self, KvmError> {
         let what = refused("the state of a new vCPU");
         let list = kvm.get_msr_index_list().map_err(&what)?;
+        let list: Vec<u32> = list.as_slice().iter().copied().chain(more).collect();
         Ok(Self {
             regs: vcpu.get_regs().map_err(&what)?,
             sregs: vcpu.get_sregs().map_err(&what)?,
@@ -59,7 +63,7 @@ impl PowerOnState {
             lapic: vcpu.get_lapic().map_err(&what)?,
             events: vcpu.get_vcpu_events().map_err(&what)?,
             mp_state: vcpu.get_mp_state().map_err(&what)?,
-            msrs: read_msrs(vcpu, list.as_slice())?,
+            msrs: read_msrs(vcpu, &list)?,
         })
     }
 
@@ -81,6 +85,16 @@ impl PowerOnState {
         write_msrs(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(&what)
     }
+}
+
+/// Locks the register of the features that only firmware turns on, with VMX on if `nested`: neither OVMF nor a direct boot
+/// does, and Windows asks for it. AMD has no such register.
+///
+/// # Errors
+/// [`KvmError::Ioctl`].
+pub fn lock_features(vcpu: &VcpuFd, nested: bool) -> Result<(), KvmError> {
+    let data = FEATURE_CONTROL_LOCKED | if nested { FEATURE_CONTROL_VMX } else { 0 };
+    write_msrs(vcpu, &[kvm_msr_entry { index: MSR_IA32_FEATURE_CONTROL, data, ..Default::default() }])
 }
 
 /// Sets what firmware sets on every CPU before an operating system runs: MTRRs, fast strings, the APIC's wiring.
@@ -150,7 +164,7 @@ pub fn set_entry(vcpu: &VcpuFd, entry: &Entry) -> Result<(), KvmError> {
 }
 
 /// Reads those of `indices` that this vCPU has.
-fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
+pub(super) fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
     // The APIC base travels with the special registers, and time must not be set back.
     let entry = |&index: &u32| kvm_msr_entry { index, ..Default::default() };
     let wanted = indices.iter().filter(|i| ![MSR_IA32_TSC, MSR_IA32_APIC_BASE].contains(i));
@@ -158,7 +172,7 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmEr
 }
 
 /// Writes `entries`; MSRs that KVM lists but does not let anybody set are left alone.
-fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+pub(super) fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
     transfer(entries.to_vec(), |msrs| vcpu.set_msrs(msrs).map_err(refused("MSRs of a vCPU"))).map(drop)
 }
 

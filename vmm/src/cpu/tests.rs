@@ -87,7 +87,7 @@ fn guest(code: &[u8], count: u8) -> Option<Guest> {
     let ram = Ram::new(&MemoryConfig::new(ByteSize::mib(128))).unwrap();
     ram.map().write_slice(code, GuestAddress(CODE)).unwrap();
     let vm = kvm::create_vm(&kvm, &ram).unwrap();
-    let new = NewVcpus::create(&kvm, &vm, &CpusConfig { count, topology: None }, false).unwrap();
+    let new = NewVcpus::create(&kvm, &vm, &CpusConfig { count, ..CpusConfig::default() }, false).unwrap();
     let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
     let port = Arc::new(Recorder::default());
     pio.insert(PORT, 4, Arc::clone(&port) as _).unwrap();

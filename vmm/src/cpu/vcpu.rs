@@ -9,11 +9,14 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
+use kvm_bindings::{
+    KVM_EXIT_HYPERV_HCALL, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rackvisor_devices::bus::{Bus, VmRequest};
 use rackvisor_devices::pci::Root;
 
+use super::hyperv::CRASH_PARAMETERS;
 use super::metrics::{Exit, VcpuMetrics};
 use super::state::{self, PowerOnState};
 use crate::boot::Entry;
@@ -41,6 +44,8 @@ pub enum VcpuEvent {
     Request(VmRequest),
     /// The guest or KVM failed. The vCPU is parked.
     Crashed(String),
+    /// The guest told the parameters of its crash by Hyper-V's MSRs. It goes on: it may want to write a dump.
+    GuestPanicked(Vec<u64>),
 }
 
 /// Where a vCPU sends its events. Never blocks.
@@ -113,6 +118,8 @@ pub struct VcpuThread {
     pub events: EventSink,
     /// Counters.
     pub metrics: Arc<VcpuMetrics>,
+    /// Whether the guest has told of its crash since power-on: that it tells more than once helps nobody.
+    pub panic_told: bool,
 }
 
 /// What a parked or running vCPU does next.
@@ -174,6 +181,7 @@ impl VcpuThread {
                 Next::Park
             }
             Command::Reset(entry, done) => {
+                self.panic_told = false;
                 let reset = self.power_on.restore(&self.fd).and_then(|()| match &entry {
                     Some(entry) => state::set_entry(&self.fd, entry),
                     None => Ok(()),
@@ -243,6 +251,16 @@ impl VcpuThread {
                     self.metrics.count(Exit::Other);
                     None
                 }
+                Ok(VcpuExit::Hyperv) => {
+                    self.metrics.count(Exit::Hyperv);
+                    answer_hyperv(run);
+                    None
+                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+                    self.metrics.count(Exit::Hyperv);
+                    self.tell_of_panic();
+                    None
+                }
                 Ok(other) => {
                     self.metrics.count(Exit::Other);
                     let event = describe(&other, run);
@@ -264,6 +282,14 @@ impl VcpuThread {
                 return Some(VcpuEvent::Request(request));
             }
         }
+    }
+
+    fn tell_of_panic(&mut self) {
+        if std::mem::replace(&mut self.panic_told, true) {
+            return;
+        }
+        let parameters = state::read_msrs(&self.fd, &CRASH_PARAMETERS.collect::<Vec<_>>()).unwrap_or_default();
+        (self.events)(VcpuEvent::GuestPanicked(parameters.iter().map(|parameter| parameter.data).collect()));
     }
 
     /// Lets KVM finish the instruction whose access was answered, so that the registers are those behind it.
@@ -288,6 +314,20 @@ fn port_width(run: *mut kvm_run) -> usize {
     usize::from(width).max(1)
 }
 
+/// Answers what KVM passes on of the Hyper-V interface. There is no VMBus: changes of the synthetic interrupt controller's
+/// pages concern nobody, and hypercalls that need one do not exist.
+fn answer_hyperv(run: *mut kvm_run) {
+    /// HV_STATUS_INVALID_HYPERCALL_CODE.
+    const NO_SUCH_HYPERCALL: u64 = 2;
+    // SAFETY: as in `port_width`; `hyperv` is the valid member after this exit, and `hcall` with this type.
+    unsafe {
+        let exit = &mut (*run).__bindgen_anon_1.hyperv;
+        if exit.type_ == KVM_EXIT_HYPERV_HCALL {
+            exit.u.hcall.result = NO_SUCH_HYPERCALL;
+        }
+    }
+}
+
 /// The event that an unusual exit means, or the cause of a crash.
 fn describe(exit: &VcpuExit<'_>, run: *mut kvm_run) -> Result<VcpuEvent, String> {
     match exit {
@@ -306,7 +346,6 @@ fn describe(exit: &VcpuExit<'_>, run: *mut kvm_run) -> Result<VcpuEvent, String>
         }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Ok(VcpuEvent::Request(VmRequest::Reset)),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Ok(VcpuEvent::Request(VmRequest::PowerOff)),
-        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => Err("the guest reported a crash".into()),
         other => Err(format!("unexpected exit from the guest: {other:?}")),
     }
 }

@@ -6,8 +6,10 @@ use std::fmt;
 use std::fs;
 
 use kvm_ioctls::{Cap, Kvm};
+use rackvisor_api::config::HypervFeatures;
 
 use self::probe::{Outcome, STEPS};
+use crate::cpu::hyperv;
 use crate::kvm;
 
 /// Capabilities without which a VM runs, but worse.
@@ -65,6 +67,7 @@ pub fn examine() -> Report {
         }
     }
     report.good(format!("{} vCPUs at most, {} recommended", kvm.get_max_vcpus(), kvm.get_nr_vcpus()));
+    report.hyperv(&kvm);
     match probe::run(&kvm) {
         Ok(Outcome::Complete) => report.good(format!("a test guest could {}", STEPS.join(", "))),
         Ok(Outcome::StoppedAt(step, reason)) => report.bad(
@@ -97,6 +100,19 @@ impl Report {
 
     fn good(&mut self, text: impl Into<String>) {
         self.add("ok", text.into(), None);
+    }
+
+    /// What of Hyper-V guests can see.
+    fn hyperv(&mut self, kvm: &Kvm) {
+        let all = HypervFeatures { tlbflush_ext: true, ..HypervFeatures::default() };
+        match hyperv::missing(kvm, &all) {
+            Ok(missing) if missing.is_empty() => self.good("Hyper-V enlightenments: all"),
+            Ok(missing) => {
+                let remedy = "turn these off in `cpus.hyperv`, or use a newer host kernel; without the others Windows works worse";
+                self.add("warn", format!("Hyper-V enlightenments but {}", missing.join(", ")), Some(remedy.into()));
+            }
+            Err(error) => self.add("warn", format!("no Hyper-V enlightenments: {error}"), None),
+        }
     }
 
     fn bad(&mut self, text: impl Into<String>, remedy: impl Into<String>) {

@@ -1,7 +1,8 @@
 //! KVM: the only part of Rackvisor that speaks to `/dev/kvm`, with `cpu`.
-#![allow(unsafe_code)] // Handing guest RAM to KVM has no safe form.
+#![allow(unsafe_code)] // Handing guest RAM to KVM, and an ioctl that kvm-ioctls lacks, have no safe form.
 
 pub mod chipset;
+pub mod hyperv;
 pub mod interrupts;
 pub mod ioevents;
 pub mod rom;

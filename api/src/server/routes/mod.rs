@@ -94,6 +94,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/vm/resume", post(vm::resume))
         .route("/v1/vm/reset", post(vm::reset))
         .route("/v1/vm/power-button", post(vm::power_button))
+        .route("/v1/vm/sleep-button", post(vm::sleep_button))
         .route("/v1/vm/shutdown", post(vm::shutdown))
         .route("/v1/vm/nmi", post(vm::nmi))
         .route("/v1/vm/disks", get(disks::list))
@@ -114,7 +115,7 @@ pub(super) fn router(app: App) -> Router {
     paths(
         version, openapi_json, metrics, sse::events,
         vm::describe, vm::define, vm::forget,
-        vm::boot, vm::pause, vm::resume, vm::reset, vm::power_button, vm::shutdown, vm::nmi,
+        vm::boot, vm::pause, vm::resume, vm::reset, vm::power_button, vm::sleep_button, vm::shutdown, vm::nmi,
         disks::list, disks::show, disks::put, disks::patch, disks::remove,
         disk_groups::list, disk_groups::show, disk_groups::patch,
         nics::list, nics::show, nics::put, nics::patch, nics::remove, nics::announce,

@@ -86,6 +86,15 @@ pub(super) async fn power_button(State(app): State<App>, _: NoBody) -> Answer {
     Answer(app.ask(Request::Act(Action::PowerButton)).await)
 }
 
+/// Press the ACPI sleep button
+///
+/// Legal in: running. Answers when the button is pressed. The guest has no state to sleep in but may do what it is set up to do.
+#[utoipa::path(post, path = "/v1/vm/sleep-button", tag = "vm", operation_id = "sleepButton",
+    responses((status = 200, description = "The button is pressed.", body = VmInfo), ReadProblems, ChangeProblems))]
+pub(super) async fn sleep_button(State(app): State<App>, _: NoBody) -> Answer {
+    Answer(app.ask(Request::Act(Action::SleepButton)).await)
+}
+
 /// End the guest now
 ///
 /// Legal in: running, paused. The guest is not asked; what it wrote is flushed to the disks.

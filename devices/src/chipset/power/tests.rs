@@ -27,6 +27,14 @@ fn the_power_button_raises_the_sci_until_its_status_bit_is_cleared() {
 }
 
 #[test]
+fn the_sleep_button_has_a_status_bit_of_its_own() {
+    let (power, sci, _) = block(true);
+    write16(&power, 2, SLPBTN_STS);
+    power.press_sleep_button();
+    assert_eq!((read16(&power, 0), sci.is_high()), (SLPBTN_STS, true));
+}
+
+#[test]
 fn a_press_before_the_guest_enables_the_button_is_seen_when_it_does() {
     let (power, sci, _) = block(false);
     power.press_power_button();

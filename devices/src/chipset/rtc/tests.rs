@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use super::super::tests::{HandClock, read8, write8};
+use super::super::tests::{HandClock, Line, read8, write8};
 use super::*;
 
 /// 2024-02-29 23:59:58 UTC, a Thursday.
@@ -9,7 +9,12 @@ const SECOND: u64 = 1_000_000_000;
 
 fn rtc_with(config: &RtcConfig) -> (Rtc, Arc<HandClock>) {
     let clock = HandClock::at(LEAP_DAY);
-    (Rtc::new(config, Arc::clone(&clock) as _), clock)
+    (Rtc::new(config, Arc::clone(&clock) as _, Arc::<Line>::default()), clock)
+}
+
+fn rtc_with_line() -> (Rtc, Arc<HandClock>, Arc<Line>) {
+    let (clock, line) = (HandClock::at(LEAP_DAY), Arc::<Line>::default());
+    (Rtc::new(&RtcConfig::default(), Arc::clone(&clock) as _, Arc::clone(&line) as _), clock, line)
 }
 
 fn rtc() -> (Rtc, Arc<HandClock>) {
@@ -84,7 +89,8 @@ fn register_c_tells_of_an_update_once_and_reading_clears_it() {
     assert_eq!(get(&rtc, C), 0);
     clock.advance(SECOND);
     set(&rtc, C, 0xff);
-    assert_eq!(get(&rtc, C), C_UF);
+    // The periodic flag is set as well, at the rate of register A.
+    assert_eq!(get(&rtc, C), UPDATE | PERIODIC);
     assert_eq!(get(&rtc, C), 0);
 }
 
@@ -197,4 +203,117 @@ fn a_reset_keeps_the_guests_time_and_starts_a_clock_that_was_held() {
     clock.advance(SECOND);
     assert_eq!((get(&rtc, YEAR), get(&rtc, SECONDS)), (0x30, 0x59));
     assert_eq!((get(&rtc, 0x40), get(&rtc, B)), (0x5a, B_24H));
+}
+
+#[test]
+fn an_update_interrupts_each_second_also_where_nobody_reads_register_c() {
+    let (rtc, clock, line) = rtc_with_line();
+    set(&rtc, B, B_24H | UPDATE);
+    for second in 1..=3 {
+        clock.advance(SECOND);
+        get(&rtc, D);
+        get(&rtc, D);
+        assert_eq!((line.rises(), line.is_high()), (second, false));
+    }
+    // It is past midnight, which is what the alarm is set to at first.
+    assert_eq!((get(&rtc, C), get(&rtc, C)), (C_IRQF | UPDATE | ALARM | PERIODIC, 0));
+    set(&rtc, B, B_24H | B_SET | UPDATE);
+    clock.advance(3 * SECOND);
+    assert_eq!((get(&rtc, C) & UPDATE, get(&rtc, B)), (0, B_24H | B_SET), "no updates while the clock is held");
+    assert_eq!(line.rises(), 3);
+}
+
+#[test]
+fn an_enable_interrupts_for_what_is_pending_already() {
+    let (rtc, clock, line) = rtc_with_line();
+    clock.advance(SECOND);
+    get(&rtc, D);
+    assert_eq!(line.rises(), 0);
+    set(&rtc, B, B_24H | UPDATE);
+    assert_eq!(line.rises(), 1);
+}
+
+#[test]
+fn an_alarm_comes_at_its_time_whatever_the_mode_and_every_minute_where_it_says_so() {
+    // It is 23:59:58.
+    for (mode, [hours, minutes, seconds], wait) in [
+        (B_24H, [0x00, 0x00, 0x01], 3),
+        (B_24H | B_BINARY, [0, 1, 0], 62),
+        (0, [0x12, 0x00, 0x00], 2),
+        (B_BINARY, [1 | HOUR_PM, 0, 0], 2 + 13 * 3600),
+        (B_24H, [0xff, 0xc0, 0x59], 1),
+        (B_24H, [0xff, 0x30, 0x00], 1802),
+        (B_24H, [0x23, 0x59, 0x58], 86_400),
+    ] {
+        let (rtc, clock, line) = rtc_with_line();
+        for (index, value) in [(0x05, hours), (0x03, minutes), (0x01, seconds), (B, mode | ALARM)] {
+            set(&rtc, index, value);
+        }
+        let next = |rtc: &Rtc| {
+            let state = rtc.lock();
+            state.next_alarm(state.updates_seen + 1).map(|at| at - state.updates_seen)
+        };
+        assert_eq!(next(&rtc), Some(wait), "{mode:#x} {hours:#x}");
+        clock.advance((wait as u64 - 1) * SECOND);
+        assert_eq!((get(&rtc, C) & ALARM, line.rises()), (0, 0));
+        clock.advance(SECOND);
+        assert_eq!((get(&rtc, C) & (ALARM | C_IRQF), line.rises()), (ALARM | C_IRQF, 1));
+    }
+    let (rtc, _) = rtc();
+    set(&rtc, 0x05, 0x24);
+    assert_eq!(rtc.lock().next_alarm(0), None, "there is no such hour");
+}
+
+#[test]
+fn periodic_interrupts_come_at_the_rate_of_register_a() {
+    for (rate, hz) in [(1, 256), (2, 128), (3, 8192), (6, 1024), (15, 2)] {
+        let (rtc, clock, line) = rtc_with_line();
+        set(&rtc, A, 0x20 | rate);
+        set(&rtc, B, B_24H | PERIODIC);
+        let wait = rtc.lock().next(rtc.now()).unwrap();
+        assert_eq!(wait.as_nanos(), (1_000_000_000_u128).div_ceil(hz));
+        for _ in 0..10 {
+            clock.advance(u64::try_from(wait.as_nanos()).unwrap());
+            get(&rtc, D);
+        }
+        assert_eq!((line.rises(), get(&rtc, C) & !(UPDATE | ALARM)), (10, C_IRQF | PERIODIC));
+        set(&rtc, A, 0x20);
+        clock.advance(SECOND);
+        assert_eq!((get(&rtc, C) & PERIODIC, rtc.lock().next(rtc.now())), (0, None), "rate 0 is none");
+    }
+}
+
+#[test]
+fn nobody_waits_for_what_is_not_enabled_and_a_paused_clock_keeps_what_became_due() {
+    let (rtc, clock, line) = rtc_with_line();
+    assert_eq!(rtc.lock().next(rtc.now()), None);
+    set(&rtc, B, B_24H | UPDATE);
+    assert!(rtc.lock().next(rtc.now()).is_some());
+    rtc.pause(true);
+    assert_eq!(rtc.lock().next(rtc.now()), None);
+    clock.advance(5 * SECOND);
+    get(&rtc, D);
+    rtc.pause(false);
+    assert_eq!(line.rises(), 1);
+    rtc.reset();
+    clock.advance(SECOND);
+    get(&rtc, D);
+    assert_eq!(line.rises(), 1, "a reset clears the enables");
+}
+
+#[test]
+fn the_timer_raises_interrupts_by_itself_and_ends_when_it_is_dropped() {
+    let line = Arc::<Line>::default();
+    let rtc = Rtc::new(&RtcConfig::default(), Arc::new(super::super::HostClock::new()), Arc::clone(&line) as _);
+    let rtc = Arc::new(rtc);
+    let timer = RtcTimer::start(&rtc, &crate::PlainThreads).unwrap();
+    set(&rtc, A, 0x26);
+    set(&rtc, B, B_24H | PERIODIC);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while line.rises() < 20 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    drop(timer);
+    assert_eq!(Arc::strong_count(&rtc), 1);
 }
