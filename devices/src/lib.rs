@@ -21,6 +21,7 @@ pub mod pci;
 mod scheduling;
 mod syscall;
 mod throttle;
+pub mod tpm;
 pub mod virtio;
 
 use std::io;

@@ -21,6 +21,7 @@ mod slots;
 mod tap_fds;
 #[cfg(test)]
 mod tests;
+mod tpm;
 
 use std::collections::HashMap;
 
@@ -41,6 +42,7 @@ pub use reservation::{BadKey, ReservationConfig, ReservationKey};
 pub use serial::{SerialConfig, SerialMode};
 pub use slots::{RNG_ID, slot_assignment};
 pub use tap_fds::{INHERITED_FDS, TapFds};
+pub use tpm::{TPM_ID, TpmConfig};
 
 use crate::problem::{Code, Pointer, Problem};
 use crate::size::ByteSize;
@@ -79,6 +81,9 @@ pub struct VmConfig {
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub rng: bool,
+    /// The TPM. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<TpmConfig>,
     /// The serial console. Default: off.
     #[serde(default)]
     pub serial: SerialConfig,
@@ -122,6 +127,7 @@ impl VmConfig {
             disk_groups: Vec::new(),
             nics: Vec::new(),
             rng: true,
+            tpm: None,
             serial: SerialConfig::default(),
             on_reboot: OnReboot::default(),
         }
@@ -162,6 +168,7 @@ impl VmConfig {
         for (i, nic) in self.nics.iter().enumerate() {
             nic.check(&root.key("nics").index(i))?;
         }
+        self.tpm.as_ref().map_or(Ok(()), |tpm| tpm.check(&root.key("tpm")))?;
         self.serial.check(&root.key("serial"))?;
         self.check_unique()?;
         slot_assignment(self).map(drop)
@@ -173,7 +180,9 @@ impl VmConfig {
             self.disks.iter().enumerate().map(|(i, disk)| (disk.id.as_str(), root.key("disks").index(i).key("id")));
         let nics = || self.nics.iter().enumerate().map(|(i, nic)| (nic, root.key("nics").index(i)));
         let nic_ids = nics().map(|(nic, at)| (nic.id.as_str(), at.key("id")));
-        unique(self.rng.then(|| (RNG_ID, root.key("rng"))).into_iter().chain(disks).chain(nic_ids), "device id")?;
+        let rng = self.rng.then(|| (RNG_ID, root.key("rng")));
+        let tpm = self.tpm.as_ref().map(|_| (TPM_ID, root.key("tpm")));
+        unique(rng.into_iter().chain(tpm).chain(disks).chain(nic_ids), "device id")?;
         unique(nics().map(|(nic, at)| (nic.mac, at.key("mac"))), "MAC address")?;
         unique(nics().filter_map(|(nic, at)| Some((nic.tap.as_ref()?, at.key("tap")))), "tap")?;
         let inherited =

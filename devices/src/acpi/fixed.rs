@@ -157,3 +157,8 @@ pub(super) fn waet() -> Vec<u8> {
     const PM_TIMER_GOOD: u32 = 1 << 1;
     table(*b"WAET", 1, &(RTC_GOOD | PM_TIMER_GOOD).to_le_bytes())
 }
+
+/// The table of the TPM.
+pub(super) fn tpm2() -> Vec<u8> {
+    table(*b"TPM2", 4, &super::tpm::table())
+}

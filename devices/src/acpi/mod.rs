@@ -7,6 +7,7 @@
 mod aml;
 mod fixed;
 mod layout;
+mod tpm;
 
 use thiserror::Error;
 
@@ -63,6 +64,8 @@ pub struct AcpiConfig {
     pub ioapic: u32,
     /// Its ID.
     pub ioapic_id: u8,
+    /// Whether there is a TPM ([`crate::tpm`]).
+    pub tpm: bool,
 }
 
 impl AcpiConfig {
@@ -135,7 +138,7 @@ pub struct AcpiTables {
 }
 
 impl AcpiTables {
-    /// The tables for `config`: RSDP first, then FACS, DSDT, FADT, MADT, MCFG, WAET, XSDT.
+    /// The tables for `config`: RSDP first, then FACS, DSDT, FADT, MADT, MCFG, WAET, TPM2 where there is one, XSDT.
     ///
     /// # Errors
     /// [`AcpiError`] for a configuration that tables cannot express.
@@ -149,12 +152,15 @@ impl AcpiTables {
         set.point(fadt, fixed::FADT_FIRMWARE_CTRL, 4, facs);
         set.point(fadt, fixed::FADT_DSDT, 4, dsdt);
         set.point(fadt, fixed::FADT_X_DSDT, 8, dsdt);
-        let listed = [
+        let mut listed = vec![
             fadt,
             set.add_checked("APIC", fixed::madt(config)),
             set.add_checked("MCFG", fixed::mcfg(config)),
             set.add_checked("WAET", fixed::waet()),
         ];
+        if config.tpm {
+            listed.push(set.add_checked("TPM2", fixed::tpm2()));
+        }
         let xsdt = set.add_checked("XSDT", fixed::xsdt(listed.len()));
         for (index, table) in listed.into_iter().enumerate() {
             set.point(xsdt, fixed::HEADER + index * 8, 8, table);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use rackvisor_api::config::{RNG_ID, VmConfig, slot_assignment};
 use rackvisor_api::problem::{Code, Problem};
+use rackvisor_devices::tpm::Tpm;
 use rackvisor_devices::virtio::VirtioDevice;
 use rackvisor_devices::virtio::pci::VirtioPci;
 use rackvisor_devices::virtio::rng::VirtioRng;
@@ -12,7 +13,7 @@ use rackvisor_devices::virtio::rng::VirtioRng;
 use super::console::LiveConsole;
 use super::inventory::Inventory;
 use super::platform::{self, Platform};
-use super::{AssemblyError, DeviceBusy, DeviceStart, Host, disks, nics};
+use super::{AssemblyError, DeviceBusy, DeviceStart, Host, disks, nics, tpm};
 use crate::boot::loading::Loading;
 use crate::boot::{BootImages, LoadedImages};
 use crate::cpu::{NewVcpus, VcpuSet};
@@ -48,8 +49,10 @@ impl Machine {
         let vm = kvm::create_vm(&kvm, &ram)?;
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus)?;
         let console = LiveConsole::open(&config.serial, host)?;
-        let platform = platform::build(config, &vm, &new_vcpus.apic_ids, &console)?;
+        let platform =
+            platform::build(config, &vm, &new_vcpus.apic_ids, &console, tpm::open(config.tpm.as_ref(), host)?)?;
         let mut inventory = Inventory::new(console.pty_path());
+        inventory.metrics.extend(platform.tpm().map(Tpm::metrics));
         let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;
@@ -92,7 +95,11 @@ impl Machine {
             let busy = t.pause().err()?;
             Some(DeviceBusy { device: t.id().to_owned(), busy })
         });
-        busy.max_by_key(|b| b.busy.oldest).map_or(Ok(()), Err)
+        let tpm = self.platform.tpm().and_then(|tpm| {
+            let busy = tpm.stop().err()?;
+            Some(DeviceBusy { device: tpm.id().to_owned(), busy })
+        });
+        busy.chain(tpm).max_by_key(|b| b.busy.oldest).map_or(Ok(()), Err)
     }
 
     /// Lets the devices go on where they stopped.

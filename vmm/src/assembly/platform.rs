@@ -9,6 +9,7 @@ use rackvisor_devices::bus::Bus;
 use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, PowerManagement, SCI_IRQ};
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
 use rackvisor_devices::pci::{PciFunction, Root, Windows};
+use rackvisor_devices::tpm::{self, Tpm};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::AssemblyError;
@@ -33,6 +34,7 @@ pub struct Platform {
     root: Arc<Root>,
     chipset: Chipset,
     apic_ids: Vec<u32>,
+    tpm: Option<Tpm>,
     ram_size: u64,
 }
 
@@ -45,6 +47,7 @@ pub fn build(
     vm: &Arc<VmFd>,
     apic_ids: &[u32],
     console: &LiveConsole,
+    tpm: Option<Tpm>,
 ) -> Result<Platform, AssemblyError> {
     let ram_size = config.memory.size.bytes();
     let ram_below_4g = ram_size.min(layout::RAM_32BIT_END);
@@ -70,7 +73,11 @@ pub fn build(
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
-    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), ram_size })
+    if let Some(tpm) = &tpm {
+        mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _).map_err(conflict)?;
+        mmio.insert(tpm::PPI_BASE, tpm::PPI_LENGTH, tpm.ppi() as _).map_err(conflict)?;
+    }
+    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), tpm, ram_size })
 }
 
 impl Platform {
@@ -90,6 +97,12 @@ impl Platform {
     #[must_use]
     pub fn for_vcpus(&self) -> vcpu::Platform {
         vcpu::Platform { pio: Arc::clone(&self.pio), mmio: Arc::clone(&self.mmio), pci: Arc::clone(&self.root) }
+    }
+
+    /// The TPM, if there is one.
+    #[must_use]
+    pub fn tpm(&self) -> Option<&Tpm> {
+        self.tpm.as_ref()
     }
 
     /// Gives every BAR its place, as firmware would.
@@ -121,6 +134,7 @@ impl Platform {
             serial: true,
             ioapic: layout::IOAPIC,
             ioapic_id: 0,
+            tpm: self.tpm.is_some(),
         });
         let placed = tables.and_then(|t| t.place(layout::ACPI_TABLES)).map_err(|e| failed(&e))?;
         if layout::ACPI_TABLES + placed.image.len() as u64 > layout::BIOS_END {
@@ -130,12 +144,13 @@ impl Platform {
         Ok(placed.rsdp)
     }
 
-    /// Back to power-on. Devices must have drained.
+    /// Back to power-on. Devices must have drained. May wait for swtpm: not for the control thread.
     ///
     /// # Errors
     /// [`AssemblyError::Host`] if a device is still busy.
     pub fn reset(&self) -> Result<(), AssemblyError> {
         self.chipset.reset();
+        self.tpm.iter().for_each(Tpm::reset);
         self.root.reset().map_err(|busy| AssemblyError::host("reset")(&busy))?;
         self.assign_bars()
     }
