@@ -59,6 +59,14 @@ pub fn linux_with_net() -> VmConfig {
     linux_with("net")
 }
 
+/// As [`linux`] with tpm2-tools.
+///
+/// # Panics
+/// If the guest was built without them.
+pub fn linux_with_tpm() -> VmConfig {
+    linux_with("tpm")
+}
+
 fn linux_with(set: &str) -> VmConfig {
     let initrd = folder().join(format!("initrd-{set}.img"));
     assert!(initrd.exists(), "no {}: run resources/guest/build --{set}", initrd.display());
