@@ -12,6 +12,7 @@ pub mod block;
 pub mod bus;
 pub mod chipset;
 pub mod console;
+pub mod generation;
 pub mod interrupt;
 pub mod limiter;
 pub mod metrics;

@@ -113,6 +113,7 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
     if config.rng {
         facts.add("rng", "yes");
     }
+    facts.add_some("generation", config.generation_id);
     facts.add_some("tpm", config.tpm.as_ref().map(|tpm| tpm.socket.display().to_string()));
     if config.serial.mode != SerialMode::Off {
         let path = config.serial.path.as_ref().map(|path| format!(" {}", path.display())).unwrap_or_default();

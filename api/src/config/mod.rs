@@ -9,6 +9,7 @@ mod check;
 mod cpu_list;
 mod cpus;
 mod disk;
+mod guid;
 mod limits;
 mod mac;
 mod memory;
@@ -22,6 +23,7 @@ mod tap_fds;
 #[cfg(test)]
 mod tests;
 mod tpm;
+mod vm_patch;
 
 use std::collections::HashMap;
 
@@ -32,6 +34,7 @@ pub use boot::{BootConfig, MAX_CMDLINE};
 pub use cpu_list::CpuList;
 pub use cpus::{CpusConfig, MAX_CPUS, Topology};
 pub use disk::{CacheMode, DiskConfig, DiskPatch, OnError};
+pub use guid::{BadGuid, Guid};
 pub use limits::{DiskGroup, DiskGroupPatch, Limits, LimitsPatch, NicLimits, NicLimitsPatch};
 pub use mac::{BadMac, MacAddr};
 pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
@@ -43,6 +46,7 @@ pub use serial::{SerialConfig, SerialMode};
 pub use slots::{RNG_ID, slot_assignment};
 pub use tap_fds::{INHERITED_FDS, TapFds};
 pub use tpm::{TPM_ID, TpmConfig};
+pub use vm_patch::VmPatch;
 
 use crate::problem::{Code, Pointer, Problem};
 use crate::size::ByteSize;
@@ -84,6 +88,10 @@ pub struct VmConfig {
     /// The TPM. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tpm: Option<TpmConfig>,
+    /// The generation ID (VM_Gen_Counter): another one tells the guest that it may live a part of its life twice, as after a clone or
+    /// the restore of a snapshot. Default: the guest has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation_id: Option<Guid>,
     /// The serial console. Default: off.
     #[serde(default)]
     pub serial: SerialConfig,
@@ -128,6 +136,7 @@ impl VmConfig {
             nics: Vec::new(),
             rng: true,
             tpm: None,
+            generation_id: None,
             serial: SerialConfig::default(),
             on_reboot: OnReboot::default(),
         }

@@ -31,6 +31,7 @@ pub fn full_config() -> serde_json::Value {
             { "id": "net1", "tap_fds": { "inherited": [3, 4] }, "mac": "52:54:00:00:00:02", "queues": 2, "vhost": true }
         ],
         "rng": true,
+        "generation_id": "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87",
         "tpm": { "socket": "/run/swtpm.sock" },
         "serial": { "mode": "socket", "path": "/run/console.sock" },
         "on_reboot": "stop"

@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, chipset, tpm};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, chipset, generation, tpm};
 
 /// Processors that three hexadecimal digits of a name can tell apart.
 pub(super) const PROCESSOR_LIMIT: usize = 0x1000;
@@ -20,6 +20,9 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     processors(config).to_aml_bytes(&mut code);
     if config.tpm {
         tpm::device().to_aml_bytes(&mut code);
+    }
+    if let Some(address) = config.generation_id {
+        generation::device(address).to_aml_bytes(&mut code);
     }
     // Sleep type of PM1a and PM1b, two reserved.
     Name::new("_S5_".into(), &Package::new(vec![&S5, &S5, &ZERO, &ZERO])).to_aml_bytes(&mut code);

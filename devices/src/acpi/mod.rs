@@ -6,6 +6,7 @@
 
 mod aml;
 mod fixed;
+mod generation;
 mod layout;
 mod tpm;
 
@@ -66,6 +67,8 @@ pub struct AcpiConfig {
     pub ioapic_id: u8,
     /// Whether there is a TPM ([`crate::tpm`]).
     pub tpm: bool,
+    /// Where the generation ID lies ([`crate::generation`]), if there is one.
+    pub generation_id: Option<u64>,
 }
 
 impl AcpiConfig {

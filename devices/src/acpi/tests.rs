@@ -13,6 +13,7 @@ fn config(processors: u32) -> AcpiConfig {
         ioapic: AcpiConfig::IOAPIC,
         ioapic_id: 0,
         tpm: false,
+        generation_id: None,
     }
 }
 
@@ -215,7 +216,7 @@ fn iasl_disassembles_every_table_and_compiles_it_again_without_error_or_warning(
         return;
     }
     let without = AcpiConfig { serial: false, mmio64: None, ..config(1) };
-    let full = AcpiConfig { tpm: true, ..config(2) };
+    let full = AcpiConfig { tpm: true, generation_id: Some(0xf_f028), ..config(2) };
     for (config, name) in [(config(1), "one"), (config(300), "many"), (without, "bare"), (full, "full")] {
         let folder = std::env::temp_dir().join(format!("rackvisor-acpi-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();

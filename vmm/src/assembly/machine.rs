@@ -49,10 +49,13 @@ impl Machine {
         let vm = kvm::create_vm(&kvm, &ram)?;
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus)?;
         let console = LiveConsole::open(&config.serial, host)?;
-        let platform =
-            platform::build(config, &vm, &new_vcpus.apic_ids, &console, tpm::open(config.tpm.as_ref(), host)?)?;
+        let platform = {
+            let tpm = tpm::open(config.tpm.as_ref(), host)?;
+            platform::build(config, &vm, &new_vcpus.apic_ids, &console, tpm, ram.shared())?
+        };
         let mut inventory = Inventory::new(console.pty_path());
         inventory.metrics.extend(platform.tpm().map(Tpm::metrics));
+        inventory.generation = platform.generation().cloned();
         let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;

@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use rackvisor_api::config::VmConfig;
+use rackvisor_devices::GuestMemory;
 use rackvisor_devices::acpi::{AcpiConfig, AcpiTables, Ecam, Window};
 use rackvisor_devices::bus::Bus;
 use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, PowerManagement, SCI_IRQ};
+use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
 use rackvisor_devices::pci::{PciFunction, Root, Windows};
 use rackvisor_devices::tpm::{self, Tpm};
@@ -35,6 +37,7 @@ pub struct Platform {
     chipset: Chipset,
     apic_ids: Vec<u32>,
     tpm: Option<Tpm>,
+    generation: Option<Arc<GenerationId>>,
     ram_size: u64,
 }
 
@@ -48,6 +51,7 @@ pub fn build(
     apic_ids: &[u32],
     console: &LiveConsole,
     tpm: Option<Tpm>,
+    memory: GuestMemory,
 ) -> Result<Platform, AssemblyError> {
     let ram_size = config.memory.size.bytes();
     let ram_below_4g = ram_size.min(layout::RAM_32BIT_END);
@@ -73,11 +77,15 @@ pub fn build(
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
+    let generation = config.generation_id.map(|id| {
+        let power = Arc::clone(&chipset.power);
+        Arc::new(GenerationId::new(layout::GENERATION_ID, id.memory(), memory, power))
+    });
     if let Some(tpm) = &tpm {
         mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _).map_err(conflict)?;
         mmio.insert(tpm::PPI_BASE, tpm::PPI_LENGTH, tpm.ppi() as _).map_err(conflict)?;
     }
-    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), tpm, ram_size })
+    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), tpm, generation, ram_size })
 }
 
 impl Platform {
@@ -105,6 +113,12 @@ impl Platform {
         self.tpm.as_ref()
     }
 
+    /// The generation ID, if there is one.
+    #[must_use]
+    pub fn generation(&self) -> Option<&Arc<GenerationId>> {
+        self.generation.as_ref()
+    }
+
     /// Gives every BAR its place, as firmware would.
     ///
     /// # Errors
@@ -119,7 +133,7 @@ impl Platform {
         self.root.assign_bars(&windows).map_err(|e| AssemblyError::host("PCI")(&e))
     }
 
-    /// Writes the ACPI tables; gives the address of the root pointer.
+    /// Writes the ACPI tables, and the generation ID that they point at; gives the address of the root pointer.
     ///
     /// # Errors
     /// [`AssemblyError::Host`] if they do not fit their place.
@@ -135,12 +149,14 @@ impl Platform {
             ioapic: layout::IOAPIC,
             ioapic_id: 0,
             tpm: self.tpm.is_some(),
+            generation_id: self.generation.as_ref().map(|id| id.address()),
         });
         let placed = tables.and_then(|t| t.place(layout::ACPI_TABLES)).map_err(|e| failed(&e))?;
-        if layout::ACPI_TABLES + placed.image.len() as u64 > layout::BIOS_END {
+        if layout::ACPI_TABLES + placed.image.len() as u64 > layout::ACPI_TABLES_END {
             return Err(failed(&"they do not fit below 1 MiB: give the VM fewer vCPUs"));
         }
         memory.write_slice(&placed.image, GuestAddress(placed.base)).map_err(|e| failed(&e))?;
+        self.generation.as_ref().map_or(Ok(()), |id| id.place()).map_err(|e| failed(&e))?;
         Ok(placed.rsdp)
     }
 

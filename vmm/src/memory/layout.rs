@@ -10,6 +10,11 @@ const GIB: u64 = 1 << 30;
 pub const LOW_RAM_END: u64 = 640 * KIB;
 /// Where the direct boot places ACPI tables: the BIOS area in which an OS looks for the RSDP (ACPI 6.5 §5.2.5.1).
 pub const ACPI_TABLES: u64 = 0xe_0000;
+/// End of the direct boot's ACPI tables at the latest.
+pub const ACPI_TABLES_END: u64 = 0xf_f000;
+/// Where the generation ID lies after a direct boot: in the last page of the BIOS area, apart from the tables, behind room for a header that
+/// firmware might look for.
+pub const GENERATION_ID: u64 = ACPI_TABLES_END + 0x28;
 /// End of the BIOS area.
 pub const BIOS_END: u64 = MIB;
 /// Start of extended memory.
