@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 pub use guest::Guest;
 pub use hostdisk::{Mapped, NullBlk};
 pub use laps::Laps;
-pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio, linux_with_net, linux_with_tpm};
+pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio, linux_with_net, linux_with_tpm, stock_kernel};
 pub use node::{Node, nodes};
 pub use pairwise::pairwise;
 pub use process::{Census, Mappings, assert_nothing_more};

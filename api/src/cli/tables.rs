@@ -87,6 +87,10 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
         .filter(|(on, _)| *on)
         .map(|(_, name)| format!(", {name}"));
     facts.add("memory", format!("{}, pages {}{}", memory.size, word(&memory.hugepages), traits.collect::<String>()));
+    for node in &config.numa {
+        let cpus = node.cpus.as_ref().map_or_else(|| "no vCPUs".to_owned(), |cpus| format!("vCPUs {cpus}"));
+        facts.add("node", format!("{cpus}, {}", node.memory));
+    }
     if let Some(boot) = &config.boot {
         facts.add("kernel", boot.kernel.display().to_string());
         facts.add_some("initrd", boot.initrd.as_ref().map(|path| path.display().to_string()));

@@ -14,6 +14,7 @@ mod limits;
 mod mac;
 mod memory;
 mod nic;
+mod numa;
 mod parse;
 mod patch;
 mod reservation;
@@ -39,6 +40,7 @@ pub use limits::{DiskGroup, DiskGroupPatch, Limits, LimitsPatch, NicLimits, NicL
 pub use mac::{BadMac, MacAddr};
 pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
 pub use nic::{Link, NicConfig, NicPatch};
+pub use numa::NumaNode;
 pub use parse::json;
 pub use patch::Patch;
 pub use reservation::{BadKey, ReservationConfig, ReservationKey};
@@ -66,6 +68,10 @@ pub struct VmConfig {
     pub cpus: CpusConfig,
     /// The memory.
     pub memory: MemoryConfig,
+    /// The NUMA nodes. Default: none, and the guest sees one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
+    pub numa: Vec<NumaNode>,
     /// What the guest starts from. Needed at present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootConfig>,
@@ -130,6 +136,7 @@ impl VmConfig {
             name: name.into(),
             cpus: CpusConfig::default(),
             memory: MemoryConfig::new(memory),
+            numa: Vec::new(),
             boot: None,
             disks: Vec::new(),
             disk_groups: Vec::new(),
@@ -159,6 +166,7 @@ impl VmConfig {
         }
         self.cpus.check(&root.key("cpus"))?;
         self.memory.check(&root.key("memory"))?;
+        numa::check(&self.numa, &self.cpus, &self.memory, &root.key("numa"))?;
         match &self.boot {
             Some(boot) => boot.check(&root.key("boot"))?,
             None => {

@@ -23,7 +23,7 @@ pub(super) fn device(address: u64) -> Raw {
         )],
     ));
     let handler = raw(&Scope::new(
-        "\\_GPE".into(),
+        "_GPE".into(),
         vec![&Method::new(
             Path::new(&format!("_E{GPE:02X}")),
             0,

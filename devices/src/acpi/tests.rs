@@ -14,6 +14,7 @@ fn config(processors: u32) -> AcpiConfig {
         ioapic_id: 0,
         tpm: false,
         generation_id: None,
+        numa: Vec::new(),
     }
 }
 
@@ -161,6 +162,46 @@ fn apic_ids_above_254_get_x2apic_entries() {
     assert_eq!((u32_at(entries[3], 4), u32_at(entries[3], 12)), (300, 3));
 }
 
+/// Two nodes; the second one has a processor whose ID is too large for an xAPIC.
+fn two_nodes() -> Vec<Node> {
+    let gib = |first: u64, last: u64| Window { first: first << 30, last: (last << 30) - 1 };
+    vec![
+        Node {
+            apic_ids: vec![0, 254],
+            memory: vec![Window { first: 0, last: 0x9_ffff }, gib(1, 2)],
+            distances: vec![10, 21],
+        },
+        Node { apic_ids: vec![255], memory: vec![gib(4, 8)], distances: vec![22, 10] },
+    ]
+}
+
+#[test]
+fn the_srat_lists_processors_and_memory_of_each_node_and_the_slit_the_distances() {
+    let mut config = config(1);
+    config.apic_ids = vec![0, 254, 255];
+    config.numa = two_nodes();
+    let placed = placed(&config);
+    let (srat, slit) = (table(&placed, b"SRAT"), table(&placed, b"SLIT"));
+    assert_eq!((sum(srat), sum(slit), u32_at(srat, 36)), (0, 0, 1));
+    let (mut entries, mut rest) = (Vec::new(), &srat[48..]);
+    while !rest.is_empty() {
+        let (entry, after) = rest.split_at(usize::from(rest[1]));
+        entries.push(entry);
+        rest = after;
+    }
+    assert_eq!(entries[0], [0, 16, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(entries[1][..5], [0, 16, 0, 254, 1]);
+    assert_eq!((entries[2][0], u32_at(entries[2], 4), u32_at(entries[2], 8), entries[2][12]), (2, 1, 255, 1));
+    let memory = |entry: &[u8]| (entry[0], u32_at(entry, 2), u64_at(entry, 8), u64_at(entry, 16), u32_at(entry, 28));
+    assert_eq!(memory(entries[3]), (1, 0, 0, 0xa_0000, 1));
+    assert_eq!(memory(entries[4]), (1, 0, 1 << 30, 1 << 30, 1));
+    assert_eq!(memory(entries[5]), (1, 1, 4 << 30, 4 << 30, 1));
+    assert_eq!(entries.len(), 6);
+    assert_eq!((u64_at(slit, 36), &slit[44..]), (2, &[10, 21, 22, 10][..]));
+    config.numa[1].distances.pop();
+    assert_eq!(AcpiTables::build(&config), Err(AcpiError::Node(1)));
+}
+
 #[test]
 fn mcfg_and_waet_say_what_the_machine_has() {
     let placed = placed(&config(1));
@@ -216,7 +257,7 @@ fn iasl_disassembles_every_table_and_compiles_it_again_without_error_or_warning(
         return;
     }
     let without = AcpiConfig { serial: false, mmio64: None, ..config(1) };
-    let full = AcpiConfig { tpm: true, generation_id: Some(0xf_f028), ..config(2) };
+    let full = AcpiConfig { tpm: true, generation_id: Some(0xf_f028), numa: two_nodes(), ..config(2) };
     for (config, name) in [(config(1), "one"), (config(300), "many"), (without, "bare"), (full, "full")] {
         let folder = std::env::temp_dir().join(format!("rackvisor-acpi-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();

@@ -123,10 +123,12 @@ impl Link {
         let mut response = Vec::with_capacity(BUFFER);
         let wake = worker.map_or(-1, |worker| worker.wake_event().as_raw_fd());
         while size_of(&response).is_none_or(|size| response.len() < size) {
+            // Asked before each wait: the wake-up may have come, and been taken, with the command's own.
+            if worker.is_some_and(Shared::is_ending) {
+                return Err(TpmError::Ending);
+            }
             match sys::readable([self.data.as_raw_fd(), wake], Some(by.at))? {
                 Some(0) => {}
-                Some(_) if worker.is_some_and(Shared::is_ending) => return Err(TpmError::Ending),
-                // The wake-up was for what is being done already.
                 Some(_) => continue,
                 None => return Err(TpmError::Timeout { what: "a command", within }),
             }

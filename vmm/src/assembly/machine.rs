@@ -43,7 +43,7 @@ impl Machine {
         let boot = config.boot.as_ref().ok_or_else(no_boot)?;
         let images = BootImages::open(boot)?;
         let kvm = kvm::open()?;
-        let ram = Ram::new(&config.memory)?;
+        let ram = Ram::new(&config.memory, &config.numa)?;
         let loading = Loading::begin(images, ram.shared(), ram.size(), &*host.spawner);
         let loading = loading.map_err(|e| AssemblyError::host("thread for the images")(&e))?;
         let vm = kvm::create_vm(&kvm, &ram)?;
@@ -124,6 +124,9 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), AssemblyError> {
         self.platform.reset()?;
         self.chipset_state.restore(&self.vm)?;
+        if self.platform.wants_memory_overwrite() {
+            self.ram.clear()?;
+        }
         let loaded = self.images.load(self.ram.map(), self.ram.size())?;
         self.enter(&loaded)
     }

@@ -8,6 +8,7 @@ mod inventory;
 mod limits;
 mod machine;
 mod nics;
+mod numa;
 mod platform;
 mod taps;
 mod tpm;

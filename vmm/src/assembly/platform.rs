@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use rackvisor_api::config::VmConfig;
 use rackvisor_devices::GuestMemory;
-use rackvisor_devices::acpi::{AcpiConfig, AcpiTables, Ecam, Window};
+use rackvisor_devices::acpi::{AcpiConfig, AcpiTables, Ecam, Node, Window};
 use rackvisor_devices::bus::Bus;
 use rackvisor_devices::chipset::{COM1_IRQ, Chipset, ChipsetConfig, PowerManagement, SCI_IRQ};
 use rackvisor_devices::generation::GenerationId;
@@ -14,8 +14,8 @@ use rackvisor_devices::pci::{PciFunction, Root, Windows};
 use rackvisor_devices::tpm::{self, Tpm};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::AssemblyError;
 use super::console::LiveConsole;
+use super::{AssemblyError, numa};
 use crate::cpu::vcpu;
 use crate::kvm::interrupts::KvmLine;
 use crate::kvm::ioevents::KvmIoEvents;
@@ -38,6 +38,7 @@ pub struct Platform {
     apic_ids: Vec<u32>,
     tpm: Option<Tpm>,
     generation: Option<Arc<GenerationId>>,
+    numa: Vec<Node>,
     ram_size: u64,
 }
 
@@ -85,7 +86,8 @@ pub fn build(
         mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _).map_err(conflict)?;
         mmio.insert(tpm::PPI_BASE, tpm::PPI_LENGTH, tpm.ppi() as _).map_err(conflict)?;
     }
-    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), tpm, generation, ram_size })
+    let numa = numa::nodes(config, apic_ids);
+    Ok(Platform { pio, mmio, root, chipset, apic_ids: apic_ids.to_vec(), tpm, generation, numa, ram_size })
 }
 
 impl Platform {
@@ -111,6 +113,12 @@ impl Platform {
     #[must_use]
     pub fn tpm(&self) -> Option<&Tpm> {
         self.tpm.as_ref()
+    }
+
+    /// Whether the guest wants its RAM to be cleared before it starts again.
+    #[must_use]
+    pub fn wants_memory_overwrite(&self) -> bool {
+        self.tpm.as_ref().is_some_and(|tpm| tpm.ppi().wants_memory_overwrite())
     }
 
     /// The generation ID, if there is one.
@@ -149,6 +157,7 @@ impl Platform {
             ioapic: layout::IOAPIC,
             ioapic_id: 0,
             tpm: self.tpm.is_some(),
+            numa: self.numa.clone(),
             generation_id: self.generation.as_ref().map(|id| id.address()),
         });
         let placed = tables.and_then(|t| t.place(layout::ACPI_TABLES)).map_err(|e| failed(&e))?;

@@ -59,6 +59,44 @@ pub fn ram_ranges(size: u64) -> Vec<RamRange> {
     ranges
 }
 
+/// The RAM of each of several nodes that have `sizes` bytes and follow each other.
+#[must_use]
+pub fn node_ranges(sizes: &[u64]) -> Vec<Vec<RamRange>> {
+    let total = sizes.iter().sum();
+    let mut free = ram_ranges(total).into_iter();
+    let mut current = free.next();
+    let nodes = sizes.iter().map(|&size| {
+        let (mut wanted, mut ranges) = (size, Vec::new());
+        while let Some(range) = current.as_mut().filter(|_| wanted > 0) {
+            let length = wanted.min(range.length);
+            ranges.push(RamRange { start: range.start, length });
+            wanted -= length;
+            range.start = GuestAddress(range.start.0 + length);
+            range.length -= length;
+            if range.length == 0 {
+                current = free.next();
+            }
+        }
+        ranges
+    });
+    nodes.collect()
+}
+
+/// The parts of `ranges` that the map of `size` bytes of RAM shows as RAM.
+#[must_use]
+pub fn usable(ranges: &[RamRange], size: u64) -> Vec<RamRange> {
+    let map = memory_map(size);
+    let ram = || map.iter().filter(|entry| entry.kind == MemoryKind::Ram);
+    let parts = ranges.iter().flat_map(|range| {
+        ram().filter_map(|entry| {
+            let start = range.start.0.max(entry.start);
+            let end = (range.start.0 + range.length).min(entry.start + entry.length);
+            (start < end).then(|| RamRange { start: GuestAddress(start), length: end - start })
+        })
+    });
+    parts.collect()
+}
+
 /// The 64-bit window for BARs above `size` bytes of RAM: start and length.
 #[must_use]
 pub fn pci_64bit_window(size: u64) -> (u64, u64) {
@@ -134,6 +172,30 @@ mod tests {
                     |r: &RamRange| r.start.0 <= entry.start && entry.start + entry.length <= r.start.0 + r.length;
                 assert!(ram_ranges(size).iter().any(inside), "{entry:?}");
             }
+        }
+    }
+
+    #[test]
+    fn nodes_divide_all_ram_and_what_they_show_is_what_the_memory_map_shows() {
+        for sizes in [&[128 * MIB][..], &[GIB, GIB], &[GIB, 2 * GIB, GIB], &[2 * MIB, 5 * GIB], &[2 * GIB, 2 * MIB]] {
+            let total = sizes.iter().sum();
+            let nodes = node_ranges(sizes);
+            for (node, size) in nodes.iter().zip(sizes) {
+                assert_eq!(node.iter().map(|r| r.length).sum::<u64>(), *size);
+            }
+            let mut shown: Vec<_> = nodes.iter().flat_map(|node| usable(node, total)).collect();
+            // Ranges of neighbours that meet are one in the map.
+            let mut joined: Vec<RamRange> = Vec::new();
+            for range in shown.drain(..) {
+                match joined.last_mut().filter(|last| last.start.0 + last.length == range.start.0) {
+                    Some(last) => last.length += range.length,
+                    None => joined.push(range),
+                }
+            }
+            let map = memory_map(total);
+            let ram = map.iter().filter(|entry| entry.kind == MemoryKind::Ram);
+            let ram: Vec<_> = ram.map(|e| RamRange { start: GuestAddress(e.start), length: e.length }).collect();
+            assert_eq!(joined, ram, "{sizes:?}");
         }
     }
 
