@@ -339,7 +339,7 @@ mod tests {
         let ram = Ram::new(&config(128, false), &[node(&[], 64), node(&[0], 64)]).unwrap();
         let (_, _, host) = ram.slots().next().unwrap();
         if let Ok(maps) = std::fs::read_to_string("/proc/self/numa_maps") {
-            let bound = format!("{:x} bind:0 ", host + (64 << 20));
+            let bound = format!("{:x} bind:0", host + (64 << 20));
             assert!(maps.lines().any(|line| line.starts_with(&bound)), "no {bound} in {maps}");
         }
         let absent = Ram::new(&config(128, false), &[node(&[1000], 128)]).err().unwrap();
