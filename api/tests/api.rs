@@ -151,7 +151,7 @@ fn what_is_not_there_is_404_and_what_is_not_possible_is_405_with_allow() {
         assert_eq!(problem(&answer).code, Code::NoSuchPath, "{path}");
     }
     for (method, path, allow) in [
-        (Method::POST, "/v1/vm", "DELETE,GET,HEAD,PUT"),
+        (Method::POST, "/v1/vm", "DELETE,GET,HEAD,PATCH,PUT"),
         (Method::GET, "/v1/vm/boot", "POST"),
         (Method::PUT, "/v1/events", "GET,HEAD"),
         (Method::POST, "/v1/vm/disks/root", "DELETE,GET,HEAD,PATCH,PUT"),

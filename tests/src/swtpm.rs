@@ -36,7 +36,12 @@ impl Swtpm {
         let mut command = Command::new("swtpm");
         command.args(["socket", "--tpm2", "--tpmstate", &state, "--ctrl", &control]);
         let process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        eventually("swtpm listens", || socket.exists().then_some(()));
+        // It exists a moment before somebody listens: the kernel shows that it accepts.
+        let accepts =
+            |line: &str| line.ends_with(socket.to_str().unwrap()) && line.split_whitespace().nth(3) == Some("00010000");
+        eventually("swtpm listens", || {
+            fs::read_to_string("/proc/net/unix").unwrap().lines().any(accepts).then_some(())
+        });
         process
     }
 

@@ -155,6 +155,11 @@ impl Double {
     }
 
     fn command(&self, data: &mut Option<File>) -> bool {
+        let mut script = self.script.lock().unwrap();
+        if script.mode == Mode::Hang {
+            // Left where it is, for when it goes on.
+            return true;
+        }
         let mut command = vec![0; 8192];
         let stream = data.as_mut().unwrap();
         let Ok(length @ 1..) = stream.read(&mut command) else {
@@ -162,7 +167,6 @@ impl Double {
             return true;
         };
         command.truncate(length);
-        let mut script = self.script.lock().unwrap();
         if command[6..10] == [0, 0, 0x01, 0x7c] {
             let mut answer = error_response(0x100);
             if script.old {
@@ -177,7 +181,7 @@ impl Double {
                 [&[0x80, 0x01], &length[..], &[0; 4], &command[10..]].concat()
             }
             Mode::Say(bytes) => bytes,
-            Mode::Hang => return true,
+            Mode::Hang => unreachable!("looked at above"),
             Mode::Die => return false,
         };
         stream.write_all(&answer).is_ok()

@@ -32,8 +32,8 @@ impl Real {
         command.args(["socket", "--tpm2", "--tpmstate", &state, "--ctrl", &control]);
         let process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok()?;
         let end = Instant::now() + SOON;
-        while !socket.exists() {
-            assert!(Instant::now() < end, "swtpm makes no socket");
+        while !listens(&socket) {
+            assert!(Instant::now() < end, "swtpm does not listen");
             std::thread::yield_now();
         }
         Some(process)
@@ -60,6 +60,13 @@ impl Drop for Real {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Whether somebody listens at the socket, which exists a moment before: the kernel shows it as accepting.
+fn listens(socket: &std::path::Path) -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let path = socket.to_str().unwrap();
+    sockets.lines().any(|line| line.ends_with(path) && line.split_whitespace().nth(3) == Some("00010000"))
 }
 
 /// TPM2_Startup(CLEAR).
