@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use utoipa::ToSchema;
 
-use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, Link, NicConfig, NicPatch, VmConfig};
+use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, Link, NicConfig, NicPatch, VmConfig, VmPatch};
 use crate::descriptors::Descriptors;
 use crate::events::{EventLog, GuestPanic};
 use crate::problem::{Code, Problem};
@@ -26,6 +26,8 @@ pub enum Request {
     /// Give the VM this (valid) configuration, with the descriptors that were passed for its NICs. Answer:
     /// [`Response::VmCreated`] if there was none, else [`Response::Vm`].
     Define(Box<VmConfig>, Descriptors),
+    /// Change the VM as a whole. Answer: [`Response::Vm`].
+    PatchVm(Box<VmPatch>),
     /// Drop the configuration. Answer: [`Response::Deleted`].
     Forget,
     /// Act on the guest. Answer, when the action has taken effect: [`Response::Vm`].
@@ -77,9 +79,11 @@ impl Request {
             Self::Forget => RequestKind::Forget,
             Self::Act(action) => RequestKind::Act(*action),
             Self::PutDisk(_) | Self::DeleteDisk(_) | Self::PutNic(..) | Self::DeleteNic(_) => RequestKind::EditDevices,
-            Self::PatchDisk(..) | Self::PatchDiskGroup(..) | Self::PatchNic(..) | Self::AnnounceNic(_) => {
-                RequestKind::PatchDevice
-            }
+            Self::PatchVm(_)
+            | Self::PatchDisk(..)
+            | Self::PatchDiskGroup(..)
+            | Self::PatchNic(..)
+            | Self::AnnounceNic(_) => RequestKind::PatchDevice,
         }
     }
 }

@@ -7,7 +7,7 @@ mod support;
 use std::sync::Arc;
 
 use hyper::Method;
-use rackvisor_api::config::{DiskConfig, DiskPatch, Link, NicPatch, Patch, VmConfig};
+use rackvisor_api::config::{DiskConfig, DiskPatch, Link, NicPatch, Patch, VmConfig, VmPatch};
 use rackvisor_api::control::{Control, Reply, Request};
 use rackvisor_api::events::{EventKind, EventLog};
 use rackvisor_api::problem::{Code, Problem};
@@ -42,6 +42,30 @@ fn a_vm_lives_its_life_through_the_client() {
     assert_eq!(client.metrics().unwrap(), "# EOF\n");
     client.forget().unwrap();
     assert_eq!(client.state().unwrap(), VmState::Undefined);
+}
+
+#[test]
+fn the_generation_id_changes_at_any_time_and_comes_and_goes_while_there_is_no_guest() {
+    let stage = stage();
+    let client = &stage.client;
+    let set = |id: &str| VmPatch { generation_id: Patch::Set(id.parse().unwrap()) };
+    let (first, second) = ("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb88");
+    assert_eq!(client.patch(&set(first)).unwrap_err().code(), Some(Code::VmUndefined));
+    client.define(&small_config()).unwrap();
+    client.act(Action::Boot).unwrap();
+    let refused = client.patch(&set(first)).unwrap_err();
+    assert_eq!(refused.code(), Some(Code::HotplugUnsupported), "{refused}");
+    client.act(Action::Shutdown).unwrap();
+    assert_eq!(client.patch(&set(first)).unwrap().config.generation_id, first.parse().ok());
+    client.act(Action::Boot).unwrap();
+    assert_eq!(client.patch(&VmPatch::default()).unwrap().config.generation_id, first.parse().ok());
+    assert_eq!(client.patch(&set(second)).unwrap().config.generation_id, second.parse().ok());
+    let clear = VmPatch { generation_id: Patch::Clear };
+    assert_eq!(client.patch(&clear).unwrap_err().code(), Some(Code::HotplugUnsupported));
+    client.act(Action::Shutdown).unwrap();
+    assert_eq!(client.patch(&clear).unwrap().config.generation_id, None);
+    let answer = client.exchange(Method::PATCH, "/v1/vm", Some(br#"{"generation_id":"7"}"#.to_vec())).unwrap();
+    assert_eq!(problem(&answer).pointer.as_deref(), Some("/generation_id"));
 }
 
 #[test]
@@ -128,7 +152,7 @@ fn what_is_not_there_is_404_and_what_is_not_possible_is_405_with_allow() {
         assert_eq!(problem(&answer).code, Code::NoSuchPath, "{path}");
     }
     for (method, path, allow) in [
-        (Method::POST, "/v1/vm", "DELETE,GET,HEAD,PUT"),
+        (Method::POST, "/v1/vm", "DELETE,GET,HEAD,PATCH,PUT"),
         (Method::GET, "/v1/vm/boot", "POST"),
         (Method::PUT, "/v1/events", "GET,HEAD"),
         (Method::POST, "/v1/vm/disks/root", "DELETE,GET,HEAD,PATCH,PUT"),

@@ -13,6 +13,7 @@ pub mod bus;
 pub mod chipset;
 pub mod console;
 pub mod firmware;
+pub mod generation;
 pub mod interrupt;
 pub mod limiter;
 pub mod metrics;
@@ -23,6 +24,7 @@ mod scheduling;
 pub mod smbios;
 mod syscall;
 mod throttle;
+pub mod tpm;
 pub mod virtio;
 
 use std::io;

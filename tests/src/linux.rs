@@ -38,6 +38,16 @@ pub(crate) fn folder() -> PathBuf {
     path
 }
 
+/// Debian's kernel for any machine, where this one has it: with drivers that the guest's own leaves out.
+pub fn stock_kernel() -> Option<PathBuf> {
+    let names = std::fs::read_dir("/boot").ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let stock = |name: &String| {
+        let version = name.strip_prefix("vmlinuz-").and_then(|name| name.strip_suffix("-amd64"));
+        version.is_some_and(|version| !version.ends_with("-cloud") && !version.ends_with("-rt"))
+    };
+    names.filter(stock).max().map(|name| Path::new("/boot").join(name))
+}
+
 /// A Linux of one vCPU and 256 MiB with an agent on its console.
 pub fn linux() -> VmConfig {
     with_cmdline(&format!("{CMDLINE} rv.mode=agent"))
@@ -57,6 +67,14 @@ pub fn linux_with_fio() -> VmConfig {
 /// If the guest was built without them.
 pub fn linux_with_net() -> VmConfig {
     linux_with("net")
+}
+
+/// As [`linux`] with tpm2-tools.
+///
+/// # Panics
+/// If the guest was built without them.
+pub fn linux_with_tpm() -> VmConfig {
+    linux_with("tpm")
 }
 
 fn linux_with(set: &str) -> VmConfig {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use rackvisor_api::config::{CacheMode, CpuList, Link, MacAddr, OnError, ReservationKey};
+use rackvisor_api::config::{CacheMode, CpuList, Guid, Link, MacAddr, OnError, ReservationKey};
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::span::Span;
 use rackvisor_api::state::VmState;
@@ -58,6 +58,12 @@ pub enum Command {
     },
     /// Describe the VM: state, configuration, devices
     Show,
+    /// Change the VM, also while the guest runs
+    Patch {
+        /// Another generation ID, such as 324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87: the guest is told that it is a copy
+        #[arg(long, value_name = "GUID")]
+        generation_id: Guid,
+    },
     /// Build the machine and start the guest
     Boot,
     /// Stop the guest where it is

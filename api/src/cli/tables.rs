@@ -100,6 +100,10 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
         .filter(|(on, _)| *on)
         .map(|(_, name)| format!(", {name}"));
     facts.add("memory", format!("{}, pages {}{}", memory.size, word(&memory.hugepages), traits.collect::<String>()));
+    for node in &config.numa {
+        let cpus = node.cpus.as_ref().map_or_else(|| "no vCPUs".to_owned(), |cpus| format!("vCPUs {cpus}"));
+        facts.add("node", format!("{cpus}, {}", node.memory));
+    }
     if let Some(boot) = &config.boot {
         facts.add_some("kernel", boot.kernel.as_ref().map(|path| path.display().to_string()));
         facts.add_some("firmware", boot.firmware.as_ref().map(|f| f.code.display().to_string()));
@@ -128,6 +132,8 @@ fn configuration(config: &VmConfig, facts: &mut Facts) {
     if config.rng {
         facts.add("rng", "yes");
     }
+    facts.add_some("generation", config.generation_id);
+    facts.add_some("tpm", config.tpm.as_ref().map(|tpm| tpm.socket.display().to_string()));
     if config.serial.mode != SerialMode::Off {
         let path = config.serial.path.as_ref().map(|path| format!(" {}", path.display())).unwrap_or_default();
         facts.add("serial", format!("{}{path}", word(&config.serial.mode)));

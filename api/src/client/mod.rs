@@ -13,7 +13,7 @@ use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, NicConfig, NicPatch, VmConfig};
+use crate::config::{DiskConfig, DiskGroup, DiskGroupPatch, DiskPatch, NicConfig, NicPatch, VmConfig, VmPatch};
 use crate::control::{DiskInfo, NicInfo, VmInfo};
 use crate::events::EventKind;
 use crate::problem::{Code, Problem};
@@ -130,6 +130,14 @@ impl Client {
     /// As [`Client::define`]; `bad-descriptors`.
     pub fn define_with_fds(&self, config: &VmConfig, fds: Vec<OwnedFd>) -> Result<VmInfo> {
         self.exchange_with_fds(Method::PUT, "/v1/vm", Some(json(config)?), fds)?.successful()?.json()
+    }
+
+    /// `PATCH /v1/vm`.
+    ///
+    /// # Errors
+    /// `hotplug-unsupported`, a 422 code, or another [`ClientError`].
+    pub fn patch(&self, patch: &VmPatch) -> Result<VmInfo> {
+        self.send(Method::PATCH, "/v1/vm", patch)
     }
 
     /// `DELETE /v1/vm`.

@@ -1,4 +1,4 @@
-//! Lists of host CPUs as the kernel writes them: `"0-3,8"`.
+//! Lists of CPUs as the kernel writes them: `"0-3,8"`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,7 +8,7 @@ use crate::text::text_type;
 /// What fits the C library's `cpu_set_t`.
 const MAX_CPU: u16 = 1023;
 
-/// A set of host CPUs, 0 to 1023, at least one.
+/// A set of CPUs, of the host or of the guest, 0 to 1023, at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuList(Vec<u16>);
 
@@ -66,7 +66,7 @@ text_type! {
     CpuList,
     example: "0-3,8",
     pattern: "^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$",
-    description: "A set of host CPUs, 0 to 1023: numbers and ranges."
+    description: "A set of CPUs, 0 to 1023: numbers and ranges."
 }
 
 #[cfg(test)]

@@ -54,6 +54,11 @@ impl MemoryConfig {
         Self { size, shared: false, hugepages: HugePages::default(), prefault: false }
     }
 
+    /// What the size is a multiple of.
+    pub(super) fn page(&self) -> ByteSize {
+        if self.hugepages == HugePages::Size1G { ByteSize::gib(1) } else { ByteSize::mib(2) }
+    }
+
     pub(super) fn check(&self, at: &Pointer) -> Result<(), Problem> {
         let at = at.key("size");
         let size = self.size;
@@ -64,7 +69,7 @@ impl MemoryConfig {
                 format!("choose {MIN_MEMORY} to {MAX_MEMORY}"),
             ));
         }
-        let page = if self.hugepages == HugePages::Size1G { ByteSize::gib(1) } else { ByteSize::mib(2) };
+        let page = self.page();
         if !size.bytes().is_multiple_of(page.bytes()) {
             return Err(Problem::invalid(
                 &at,

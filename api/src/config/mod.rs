@@ -10,11 +10,13 @@ mod clock;
 mod cpu_list;
 mod cpus;
 mod disk;
+mod guid;
 mod hyperv;
 mod limits;
 mod mac;
 mod memory;
 mod nic;
+mod numa;
 mod parse;
 mod patch;
 mod reservation;
@@ -24,6 +26,8 @@ mod smbios;
 mod tap_fds;
 #[cfg(test)]
 mod tests;
+mod tpm;
+mod vm_patch;
 mod watchdog;
 
 use std::collections::HashMap;
@@ -36,18 +40,22 @@ pub use clock::ClockConfig;
 pub use cpu_list::CpuList;
 pub use cpus::{CpuModelName, CpusConfig, MAX_CPUS, Topology};
 pub use disk::{CacheMode, DiskConfig, DiskPatch, OnError};
+pub use guid::{BadGuid, Guid};
 pub use hyperv::{HYPERV_VENDOR, HypervConfig, HypervFeatures};
 pub use limits::{DiskGroup, DiskGroupPatch, Limits, LimitsPatch, NicLimits, NicLimitsPatch};
 pub use mac::{BadMac, MacAddr};
 pub use memory::{HugePages, MAX_MEMORY, MIN_MEMORY, MemoryConfig};
 pub use nic::{Link, NicConfig, NicPatch};
+pub use numa::NumaNode;
 pub use parse::json;
 pub use patch::Patch;
 pub use reservation::{BadKey, ReservationConfig, ReservationKey};
 pub use serial::{SerialConfig, SerialMode};
 pub use slots::{RNG_ID, slot_assignment};
-pub use smbios::{BadUuid, SmbiosConfig, Uuid};
+pub use smbios::SmbiosConfig;
 pub use tap_fds::{INHERITED_FDS, TapFds};
+pub use tpm::{TPM_ID, TpmConfig};
+pub use vm_patch::VmPatch;
 pub use watchdog::{WatchdogAction, WatchdogConfig};
 
 use crate::problem::{Code, Pointer, Problem};
@@ -68,6 +76,10 @@ pub struct VmConfig {
     pub cpus: CpusConfig,
     /// The memory.
     pub memory: MemoryConfig,
+    /// The NUMA nodes. Default: none, and the guest sees one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
+    pub numa: Vec<NumaNode>,
     /// What the guest starts from. Needed at present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootConfig>,
@@ -90,6 +102,13 @@ pub struct VmConfig {
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub rng: bool,
+    /// The TPM. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<TpmConfig>,
+    /// The generation ID (VM_Gen_Counter): another one tells the guest that it may live a part of its life twice, as after a clone or
+    /// the restore of a snapshot. Default: the guest has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation_id: Option<Guid>,
     /// The serial console. Default: off.
     #[serde(default)]
     pub serial: SerialConfig,
@@ -138,12 +157,15 @@ impl VmConfig {
             name: name.into(),
             cpus: CpusConfig::default(),
             memory: MemoryConfig::new(memory),
+            numa: Vec::new(),
             boot: None,
             smbios: SmbiosConfig::default(),
             disks: Vec::new(),
             disk_groups: Vec::new(),
             nics: Vec::new(),
             rng: true,
+            tpm: None,
+            generation_id: None,
             serial: SerialConfig::default(),
             clock: ClockConfig::Utc,
             pvpanic: false,
@@ -169,6 +191,7 @@ impl VmConfig {
         }
         self.cpus.check(&root.key("cpus"))?;
         self.memory.check(&root.key("memory"))?;
+        numa::check(&self.numa, &self.cpus, &self.memory, &root.key("numa"))?;
         match &self.boot {
             Some(boot) => boot.check(&root.key("boot"))?,
             None => return Err(BootConfig::missing().at(&root.key("boot"))),
@@ -181,6 +204,7 @@ impl VmConfig {
         for (i, nic) in self.nics.iter().enumerate() {
             nic.check(&root.key("nics").index(i))?;
         }
+        self.tpm.as_ref().map_or(Ok(()), |tpm| tpm.check(&root.key("tpm")))?;
         self.serial.check(&root.key("serial"))?;
         self.clock.check(&root.key("clock"))?;
         self.check_unique()?;
@@ -194,7 +218,9 @@ impl VmConfig {
             self.disks.iter().enumerate().map(|(i, disk)| (disk.id.as_str(), root.key("disks").index(i).key("id")));
         let nics = || self.nics.iter().enumerate().map(|(i, nic)| (nic, root.key("nics").index(i)));
         let nic_ids = nics().map(|(nic, at)| (nic.id.as_str(), at.key("id")));
-        unique(self.rng.then(|| (RNG_ID, root.key("rng"))).into_iter().chain(disks).chain(nic_ids), "device id")?;
+        let rng = self.rng.then(|| (RNG_ID, root.key("rng")));
+        let tpm = self.tpm.as_ref().map(|_| (TPM_ID, root.key("tpm")));
+        unique(rng.into_iter().chain(tpm).chain(disks).chain(nic_ids), "device id")?;
         unique(nics().map(|(nic, at)| (nic.mac, at.key("mac"))), "MAC address")?;
         unique(nics().filter_map(|(nic, at)| Some((nic.tap.as_ref()?, at.key("tap")))), "tap")?;
         let inherited =

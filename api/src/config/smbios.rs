@@ -1,13 +1,10 @@
 //! How the machine introduces itself to the guest (SMBIOS).
 
-use std::fmt;
-use std::str::FromStr;
-
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::Guid;
 use crate::problem::{Pointer, Problem};
-use crate::text::text_type;
 
 /// The most bytes of each text.
 const MAX_TEXT: usize = 64;
@@ -47,7 +44,7 @@ pub struct SmbiosConfig {
     pub asset_tag: Option<String>,
     /// The identity of the machine. Default: the guest is told that there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub uuid: Option<Uuid>,
+    pub uuid: Option<Guid>,
 }
 
 impl SmbiosConfig {
@@ -73,70 +70,6 @@ impl SmbiosConfig {
             None => Ok(()),
         }
     }
-}
-
-/// A universally unique identifier (RFC 9562). Reads and prints `6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0`.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Uuid([u8; 16]);
-
-/// Why a text is no UUID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadUuid;
-
-impl fmt::Display for BadUuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            "not a UUID: write 32 hexadecimal digits in groups of 8, 4, 4, 4 and 12, such as \
-             \"6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0\"",
-        )
-    }
-}
-
-impl std::error::Error for BadUuid {}
-
-impl Uuid {
-    /// The bytes, in the order in which they are written.
-    pub const fn bytes(self) -> [u8; 16] {
-        self.0
-    }
-}
-
-impl FromStr for Uuid {
-    type Err = BadUuid;
-
-    fn from_str(text: &str) -> Result<Self, BadUuid> {
-        let groups: Vec<&str> = text.split('-').collect();
-        let digits = groups.concat();
-        let grouped = groups.iter().map(|group| group.len()).eq([8, 4, 4, 4, 12]);
-        if !grouped || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(BadUuid);
-        }
-        u128::from_str_radix(&digits, 16).map(|value| Self(value.to_be_bytes())).map_err(|_| BadUuid)
-    }
-}
-
-impl fmt::Display for Uuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g, h, i, node @ ..] = self.0;
-        write!(f, "{a:02x}{b:02x}{c:02x}{d:02x}-{e:02x}{g:02x}-{h:02x}{i:02x}-")?;
-        for (index, byte) in node.into_iter().enumerate() {
-            write!(f, "{}{byte:02x}", if index == 2 { "-" } else { "" })?;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for Uuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Uuid({self})")
-    }
-}
-
-text_type! {
-    Uuid,
-    example: "6f1d2c3b-4a59-4e68-8776-95a4b3c2d1e0",
-    pattern: "^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$",
-    description: "A universally unique identifier (RFC 9562)."
 }
 
 #[cfg(test)]

@@ -96,6 +96,10 @@ impl Machine {
                 self.go(&mut inner, to, Some(action.as_str().to_owned()));
                 inner.describe().map(|vm| Response::Vm(Box::new(vm)))
             }
+            Request::PatchVm(patch) => {
+                inner.config = Some(patch.apply(inner.config()?, inner.alive())?);
+                inner.describe().map(|vm| Response::Vm(Box::new(vm)))
+            }
             request => inner.device(request),
         }
     }

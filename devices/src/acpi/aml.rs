@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Window, chipset};
+use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Window, chipset, generation, tpm};
 use crate::chipset::watchdog::{WATCHDOG_BASE, WATCHDOG_LENGTH};
 
 /// Processors that three hexadecimal digits of a name can tell apart.
@@ -19,6 +19,12 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     pci_root(config).to_aml_bytes(&mut code);
     board(config).to_aml_bytes(&mut code);
     processors(config).to_aml_bytes(&mut code);
+    if config.tpm {
+        tpm::device().to_aml_bytes(&mut code);
+    }
+    if let Some(address) = config.generation_id {
+        generation::device(address).to_aml_bytes(&mut code);
+    }
     // Sleep type of PM1a and PM1b, two reserved.
     Name::new("_S5_".into(), &Package::new(vec![&S5, &S5, &ZERO, &ZERO])).to_aml_bytes(&mut code);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -29,7 +35,7 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
 const S5: u8 = chipset::power::SLEEP_TYPE_S5 as u8;
 
 /// AML that is made already.
-struct Raw(Vec<u8>);
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -38,7 +44,7 @@ impl Aml for Raw {
 }
 
 /// The bytes of `aml`, so that what it borrows may go.
-fn raw(aml: &dyn Aml) -> Raw {
+pub(super) fn raw(aml: &dyn Aml) -> Raw {
     let mut bytes = Vec::new();
     aml.to_aml_bytes(&mut bytes);
     Raw(bytes)
@@ -48,11 +54,11 @@ fn hid(id: &str) -> Raw {
     raw(&Name::new("_HID".into(), &EISAName::new(id)))
 }
 
-fn uid(number: u32) -> Raw {
+pub(super) fn uid(number: u32) -> Raw {
     raw(&Name::new("_UID".into(), &number))
 }
 
-fn crs(resources: Vec<&dyn Aml>) -> Raw {
+pub(super) fn crs(resources: Vec<&dyn Aml>) -> Raw {
     raw(&Name::new("_CRS".into(), &ResourceTemplate::new(resources)))
 }
 

@@ -156,3 +156,18 @@ pub(super) fn waet() -> Vec<u8> {
     const PM_TIMER_GOOD: u32 = 1 << 1;
     table(*b"WAET", 1, &(RTC_GOOD | PM_TIMER_GOOD).to_le_bytes())
 }
+
+/// The table of the TPM.
+pub(super) fn tpm2() -> Vec<u8> {
+    table(*b"TPM2", 4, &super::tpm::table())
+}
+
+/// Which processors and memory are near each other.
+pub(super) fn srat(config: &AcpiConfig) -> Vec<u8> {
+    table(*b"SRAT", 3, &super::numa::srat(&config.numa))
+}
+
+/// How far nodes are apart.
+pub(super) fn slit(config: &AcpiConfig) -> Vec<u8> {
+    table(*b"SLIT", 1, &super::numa::slit(&config.numa))
+}

@@ -6,13 +6,17 @@
 
 mod aml;
 mod fixed;
+mod generation;
 mod layout;
 mod loader;
+mod numa;
+mod tpm;
 mod wdat;
 
 use thiserror::Error;
 
 pub use layout::{Checksum, Placed, Pointer, Table};
+pub use numa::Node;
 
 use crate::chipset;
 
@@ -69,6 +73,12 @@ pub struct AcpiConfig {
     pub ioapic: u32,
     /// Its ID.
     pub ioapic_id: u8,
+    /// Whether there is a TPM ([`crate::tpm`]).
+    pub tpm: bool,
+    /// Where the generation ID lies ([`crate::generation`]), if there is one.
+    pub generation_id: Option<u64>,
+    /// The NUMA nodes. None: nothing is said about them.
+    pub numa: Vec<Node>,
 }
 
 impl AcpiConfig {
@@ -95,6 +105,9 @@ impl AcpiConfig {
         {
             return Err(bad(high, "64-bit"));
         }
+        if let Some(node) = self.numa.iter().position(|node| !node.is_complete(self.numa.len())) {
+            return Err(AcpiError::Node(node));
+        }
         Ok(())
     }
 }
@@ -120,6 +133,9 @@ pub enum AcpiError {
         /// Last address.
         last: u64,
     },
+    /// A NUMA node is not described.
+    #[error("NUMA node {0} has an empty range of memory, or not a distance to each node")]
+    Node(usize),
     /// The tables do not fit below the end of the address space that their pointers reach.
     #[error(
         "ACPI tables of {size} bytes do not fit at {base:#x}: choose a 64-byte aligned address further below 4 GiB"
@@ -141,7 +157,8 @@ pub struct AcpiTables {
 }
 
 impl AcpiTables {
-    /// The tables for `config`: RSDP first, then FACS, DSDT, FADT, MADT, MCFG, WAET, WDAT if there is a watchdog, XSDT.
+    /// The tables for `config`: RSDP first, then FACS, DSDT, FADT, MADT, MCFG, WAET, then WDAT, TPM2, SRAT and SLIT where there
+    /// is something for them to say, XSDT.
     ///
     /// # Errors
     /// [`AcpiError`] for a configuration that tables cannot express.
@@ -163,6 +180,13 @@ impl AcpiTables {
         ];
         if config.watchdog {
             listed.push(set.add_checked("WDAT", wdat::wdat()));
+        }
+        if config.tpm {
+            listed.push(set.add_checked("TPM2", fixed::tpm2()));
+        }
+        if !config.numa.is_empty() {
+            listed.push(set.add_checked("SRAT", fixed::srat(config)));
+            listed.push(set.add_checked("SLIT", fixed::slit(config)));
         }
         let xsdt = set.add_checked("XSDT", fixed::xsdt(listed.len()));
         for (index, table) in listed.into_iter().enumerate() {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use rackvisor_api::config::{DiskConfig, DiskGroup, Limits, Link, NicConfig};
 use rackvisor_api::control::{DiskCounters, NicCounters};
 use rackvisor_devices::block::{BlockHandle, Geometry, RescanError};
+use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::limiter::Limiter;
 use rackvisor_devices::metrics::{MetricSource, Sample, Value};
 use rackvisor_devices::net::NetHandle;
@@ -171,6 +172,8 @@ pub struct Inventory {
     pub metrics: Vec<Arc<dyn MetricSource>>,
     /// What counts time for the guest.
     pub clock: Option<LiveClock>,
+    /// The generation ID, if there is one.
+    pub generation: Option<Arc<GenerationId>>,
     disks: Vec<(String, LiveDisk)>,
     groups: Vec<(String, Arc<Limiter>)>,
     nics: Vec<(String, LiveNic)>,

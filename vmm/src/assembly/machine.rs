@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use rackvisor_api::config::{BootConfig, RNG_ID, VmConfig, slot_assignment};
+use rackvisor_devices::tpm::Tpm;
 use rackvisor_devices::virtio::VirtioDevice;
 use rackvisor_devices::virtio::pci::VirtioPci;
 use rackvisor_devices::virtio::rng::VirtioRng;
@@ -11,7 +12,7 @@ use rackvisor_devices::virtio::rng::VirtioRng;
 use super::console::LiveConsole;
 use super::inventory::Inventory;
 use super::platform::{self, Platform};
-use super::{AssemblyError, DeviceBusy, DeviceStart, Host, disks, nics};
+use super::{AssemblyError, DeviceBusy, DeviceStart, Host, disks, nics, tpm};
 use crate::boot::loading::Loading;
 use crate::boot::{BootImages, LoadedImages};
 use crate::cpu::{NewVcpus, VcpuSet};
@@ -49,7 +50,7 @@ impl Machine {
         let boot = config.boot.as_ref().ok_or_else(|| AssemblyError::Config(BootConfig::missing()))?;
         let images = BootImages::open(boot)?;
         let kvm = kvm::open()?;
-        let ram = Ram::new(&config.memory)?;
+        let ram = Ram::new(&config.memory, &config.numa)?;
         let begin = |images| Loading::begin(images, ram.shared(), ram.size(), &*host.spawner);
         let loading = images.map(begin).transpose().map_err(|e| AssemblyError::host("thread for the images")(&e))?;
         let vm = kvm::create_vm(&kvm, &ram)?;
@@ -60,10 +61,13 @@ impl Machine {
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus, by_firmware)?;
         let apic_ids = new_vcpus.apic_ids.clone();
         let console = LiveConsole::open(&config.serial, host)?;
-        let mut platform = platform::build(config, &vm, &console, host)?;
+        let tpm = tpm::open(config.tpm.as_ref(), host)?;
+        let mut platform = platform::build(config, &vm, &apic_ids, &console, host, tpm, ram.shared())?;
         platform.add_firmware(config, host, &vm, ram.shared(), &apic_ids)?;
         let mut inventory = Inventory::new(console.pty_path());
         inventory.clock = Some(platform.live_clock());
+        inventory.metrics.extend(platform.tpm().map(Tpm::metrics));
+        inventory.generation = platform.generation().cloned();
         let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;
@@ -82,6 +86,7 @@ impl Machine {
 
     /// Describes the machine to a kernel that is loaded and puts the vCPUs at its entry, or where firmware starts.
     fn enter(&self, loaded: Option<&LoadedImages>) -> Result<(), AssemblyError> {
+        self.platform.place_generation_id()?;
         let (Some(direct), Some(loaded)) = (&self.direct, loaded) else { return Ok(self.vcpus.reset(None)?) };
         let rsdp = self.platform.write_tables(&direct.config, &direct.apic_ids, self.ram.map())?;
         let entry = direct.images.describe(loaded, self.ram.map(), self.ram.size(), rsdp)?;
@@ -111,7 +116,11 @@ impl Machine {
             let busy = t.pause().err()?;
             Some(DeviceBusy { device: t.id().to_owned(), busy })
         });
-        busy.max_by_key(|b| b.busy.oldest).map_or(Ok(()), Err)
+        let tpm = self.platform.tpm().and_then(|tpm| {
+            let busy = tpm.stop().err()?;
+            Some(DeviceBusy { device: tpm.id().to_owned(), busy })
+        });
+        busy.chain(tpm).max_by_key(|b| b.busy.oldest).map_or(Ok(()), Err)
     }
 
     /// Lets the devices go on where they stopped.
@@ -134,6 +143,9 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), AssemblyError> {
         self.platform.reset()?;
         self.chipset_state.restore(&self.vm)?;
+        if self.platform.wants_memory_overwrite() {
+            self.ram.clear()?;
+        }
         let load = |direct: &mut Direct| direct.images.load(self.ram.map(), self.ram.size());
         let loaded = self.direct.as_mut().map(load).transpose()?;
         self.enter(loaded.as_ref())

@@ -10,9 +10,11 @@ mod inventory;
 mod limits;
 mod machine;
 mod nics;
+mod numa;
 mod platform;
 mod tables;
 mod taps;
+mod tpm;
 
 use std::sync::Arc;
 
@@ -21,6 +23,7 @@ use rackvisor_devices::block::BlockError;
 use rackvisor_devices::console::ConsoleError;
 use rackvisor_devices::firmware::FirmwareError;
 use rackvisor_devices::net::{NetError, TapError};
+use rackvisor_devices::tpm::TpmError;
 use rackvisor_devices::virtio::{StartError, StillBusy};
 use rackvisor_devices::{DeviceNotifier, ThreadSpawner};
 use thiserror::Error;
@@ -110,6 +113,9 @@ pub enum AssemblyError {
     /// The serial console.
     #[error("serial console: {0}")]
     Console(#[from] ConsoleError),
+    /// The TPM.
+    #[error("TPM: {0}")]
+    Tpm(#[from] TpmError),
     /// The host refused something small.
     #[error("{what}: {reason}")]
     Host {
@@ -150,7 +156,8 @@ impl From<AssemblyError> for Problem {
             AssemblyError::Disk { .. }
             | AssemblyError::Nic { .. }
             | AssemblyError::Tap { .. }
-            | AssemblyError::Console(_) => {
+            | AssemblyError::Console(_)
+            | AssemblyError::Tpm(_) => {
                 (Code::Unusable, "the detail names what to change; GET /v1/vm shows the configuration")
             }
             AssemblyError::Kvm(_) | AssemblyError::Cpu(_) => (Code::Unusable, "`rackvisor doctor` examines the host"),

@@ -10,14 +10,17 @@ use rackvisor_devices::bus::Bus;
 use rackvisor_devices::chipset::{
     COM1_IRQ, Chipset, ChipsetConfig, DebugSink, PowerManagement, RTC_IRQ, RtcTimer, SCI_IRQ,
 };
+use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
 use rackvisor_devices::pci::{PciFunction, Root};
+use rackvisor_devices::tpm::{self, Tpm};
 use vm_memory::GuestMemoryMmap;
 
 use super::clock::LiveClock;
 use super::console::LiveConsole;
 use super::firmware::{Board, Firmware, FirmwareLog};
-use super::{AssemblyError, Host, clock, tables};
+use super::tables::Facts;
+use super::{AssemblyError, Host, clock, numa, tables};
 use crate::cpu::model::default_phys_bits;
 use crate::cpu::vcpu;
 use crate::kvm::interrupts::KvmLine;
@@ -35,7 +38,10 @@ pub struct Platform {
     chipset: Chipset,
     bridge: Arc<HostBridge>,
     firmware: Option<Firmware>,
-    pvpanic: bool,
+    tpm: Option<Tpm>,
+    generation: Option<Arc<GenerationId>>,
+    /// What the tables say of devices that have no place of their own.
+    facts: Facts,
     /// Seconds beyond UTC by the configuration.
     clock_offset: i64,
     /// Raises the interrupts of the clock.
@@ -47,7 +53,15 @@ pub struct Platform {
 ///
 /// # Errors
 /// [`AssemblyError::Host`] if two parts claim the same registers, which is a bug of the VMM.
-pub fn build(config: &VmConfig, vm: &Arc<VmFd>, console: &LiveConsole, host: &Host) -> Result<Platform, AssemblyError> {
+pub fn build(
+    config: &VmConfig,
+    vm: &Arc<VmFd>,
+    apic_ids: &[u32],
+    console: &LiveConsole,
+    host: &Host,
+    tpm: Option<Tpm>,
+    memory: GuestMemory,
+) -> Result<Platform, AssemblyError> {
     let by_firmware = config.boot.as_ref().is_some_and(|boot| boot.firmware.is_some());
     let ram_size = config.memory.size.bytes();
     check_addresses(config)?;
@@ -79,6 +93,21 @@ pub fn build(config: &VmConfig, vm: &Arc<VmFd>, console: &LiveConsole, host: &Ho
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
+    let generation = config.generation_id.map(|id| {
+        let power = Arc::clone(&chipset.power);
+        Arc::new(GenerationId::new(layout::GENERATION_ID, id.memory(), memory, power))
+    });
+    if let Some(tpm) = &tpm {
+        mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _).map_err(conflict)?;
+        mmio.insert(tpm::PPI_BASE, tpm::PPI_LENGTH, tpm.ppi() as _).map_err(conflict)?;
+    }
+    let facts = Facts {
+        pvpanic: config.pvpanic,
+        watchdog: chipset.watchdog.is_some(),
+        tpm: tpm.is_some(),
+        numa: numa::nodes(config, apic_ids),
+        generation_id: generation.as_ref().map(|id| id.address()),
+    };
     let timer =
         RtcTimer::start(&chipset.rtc, &*host.spawner).map_err(|e| AssemblyError::host("thread of the clock")(&e))?;
     Ok(Platform {
@@ -88,7 +117,9 @@ pub fn build(config: &VmConfig, vm: &Arc<VmFd>, console: &LiveConsole, host: &Ho
         chipset,
         bridge,
         firmware: None,
-        pvpanic: config.pvpanic,
+        tpm,
+        generation,
+        facts,
         clock_offset,
         _clock: timer,
         ram_size,
@@ -142,6 +173,24 @@ impl Platform {
         vcpu::Platform { pio: Arc::clone(&self.pio), mmio: Arc::clone(&self.mmio), pci: Arc::clone(&self.root) }
     }
 
+    /// The TPM, if there is one.
+    #[must_use]
+    pub fn tpm(&self) -> Option<&Tpm> {
+        self.tpm.as_ref()
+    }
+
+    /// Whether the guest wants its RAM to be cleared before it starts again.
+    #[must_use]
+    pub fn wants_memory_overwrite(&self) -> bool {
+        self.tpm.as_ref().is_some_and(|tpm| tpm.ppi().wants_memory_overwrite())
+    }
+
+    /// The generation ID, if there is one.
+    #[must_use]
+    pub fn generation(&self) -> Option<&Arc<GenerationId>> {
+        self.generation.as_ref()
+    }
+
     /// Plugs the firmware in, if the guest starts by one.
     ///
     /// # Errors
@@ -159,6 +208,15 @@ impl Platform {
         let board = Board { vm, memory, pio: &self.pio, mmio: &self.mmio, tables };
         self.firmware = Some(Firmware::attach(wanted, config, host, board)?);
         Ok(())
+    }
+
+    /// Writes the generation ID where the tables point.
+    ///
+    /// # Errors
+    /// [`AssemblyError::Host`] if there is no RAM.
+    pub fn place_generation_id(&self) -> Result<(), AssemblyError> {
+        let placed = self.generation.as_ref().map_or(Ok(()), |id| id.place());
+        placed.map_err(|e| AssemblyError::host("generation ID")(&e))
     }
 
     /// Gives every BAR its place, as firmware would; or leaves it to the firmware.
@@ -190,11 +248,10 @@ impl Platform {
     fn tables(&self, apic_ids: &[u32], by_firmware: bool) -> tables::Platform {
         let bridge = Arc::clone(&self.bridge);
         let root = by_firmware.then(|| Arc::downgrade(&self.root));
-        let (pvpanic, watchdog) = (self.pvpanic, self.chipset.watchdog.is_some());
-        tables::Platform { apic_ids: apic_ids.to_vec(), ram: self.ram_size, pvpanic, watchdog, bridge, root }
+        tables::Platform { apic_ids: apic_ids.to_vec(), ram: self.ram_size, facts: self.facts.clone(), bridge, root }
     }
 
-    /// Back to power-on. Devices must have drained.
+    /// Back to power-on. Devices must have drained. May wait for swtpm: not for the control thread.
     ///
     /// # Errors
     /// [`AssemblyError::Host`] if a device is still busy.
@@ -203,6 +260,7 @@ impl Platform {
         if let Some(firmware) = &self.firmware {
             firmware.reset();
         }
+        self.tpm.iter().for_each(Tpm::reset);
         self.root.reset().map_err(|busy| AssemblyError::host("reset")(&busy))?;
         self.assign_bars()
     }

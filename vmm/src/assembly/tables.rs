@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use rackvisor_api::config::VmConfig;
-use rackvisor_devices::acpi::{AcpiConfig, AcpiError, AcpiTables, Ecam, Window};
+use rackvisor_devices::acpi::{AcpiConfig, AcpiError, AcpiTables, Ecam, Node, Window};
 use rackvisor_devices::firmware::FwCfgFile;
 use rackvisor_devices::pci::bridge::HostBridge;
 use rackvisor_devices::pci::{BarKind, Root, SLOT_COUNT};
@@ -21,15 +21,29 @@ const LAST_BUS: u8 = 0;
 const WINDOW_UNIT: u64 = 1 << 30;
 const WINDOW_LEAST: u64 = 32 << 30;
 
+/// What the tables say of devices that have no place of their own.
+#[derive(Clone)]
+pub struct Facts {
+    /// Whether there is a device for panics.
+    pub pvpanic: bool,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
+    /// Whether there is a TPM.
+    pub tpm: bool,
+    /// vCPUs and memory by node; empty: nothing is said of nodes.
+    pub numa: Vec<Node>,
+    /// Where the generation ID lies.
+    pub generation_id: Option<u64>,
+}
+
 /// What ACPI tables follow from.
 pub struct Platform {
     /// Local APIC ID of each vCPU.
     pub apic_ids: Vec<u32>,
     /// Bytes of RAM.
     pub ram: u64,
-    /// Whether there is a device for panics, and a watchdog.
-    pub pvpanic: bool,
-    pub watchdog: bool,
+    /// What else there is.
+    pub facts: Facts,
     /// Knows where configuration space is.
     pub bridge: Arc<HostBridge>,
     /// Knows where BARs are, if firmware places them. A device on the bus has this: it must not keep the bus.
@@ -56,8 +70,11 @@ impl Platform {
             mmio32,
             mmio64: Some(mmio64),
             serial: true,
-            pvpanic: self.pvpanic,
-            watchdog: self.watchdog,
+            pvpanic: self.facts.pvpanic,
+            watchdog: self.facts.watchdog,
+            tpm: self.facts.tpm,
+            numa: self.facts.numa.clone(),
+            generation_id: self.facts.generation_id,
             ioapic: layout::IOAPIC,
             ioapic_id: 0,
         }
@@ -135,7 +152,7 @@ pub fn smbios(config: &VmConfig) -> Smbios {
 pub fn write_smbios(smbios: &Smbios, memory: &GuestMemoryMmap) -> Result<(), AssemblyError> {
     let failed = |e: &dyn std::fmt::Display| AssemblyError::host("SMBIOS tables")(e);
     let entry = smbios.entry_point(layout::SMBIOS_TABLES);
-    if layout::SMBIOS_TABLES + smbios.tables.len() as u64 > layout::BIOS_END {
+    if layout::SMBIOS_TABLES + smbios.tables.len() as u64 > layout::TABLES_END {
         return Err(failed(&"they do not fit below 1 MiB: give the VM fewer sockets"));
     }
     memory.write_slice(&entry, GuestAddress(layout::SMBIOS)).map_err(|e| failed(&e))?;

@@ -1,6 +1,8 @@
 //! What the API shows of the VM and its devices, and what it may change of them.
 
-use rackvisor_api::config::{DiskConfig, DiskGroup, DiskPatch, NicConfig, NicPatch, VmConfig, slot_assignment};
+use rackvisor_api::config::{
+    DiskConfig, DiskGroup, DiskPatch, NicConfig, NicPatch, VmConfig, VmPatch, slot_assignment,
+};
 use rackvisor_api::control::{DeviceState, DiskCounters, DiskInfo, NicCounters, NicInfo, Request, Response, VmInfo};
 use rackvisor_api::events::EventKind;
 use rackvisor_api::problem::{Code, Problem};
@@ -38,6 +40,7 @@ impl Controller {
     pub(super) fn device_request(&mut self, request: Request) -> Result<Response, Problem> {
         match request {
             Request::Describe => self.described(),
+            Request::PatchVm(patch) => self.patch_vm(&patch),
             Request::ListDisks => {
                 let ids: Vec<_> = self.config()?.disks.iter().map(|d| d.id.clone()).collect();
                 Ok(Response::Disks(ids.iter().map(|id| self.disk_info(id)).collect::<Result<_, _>>()?))
@@ -100,6 +103,20 @@ impl Controller {
 
     pub(super) fn nic_config(&self, id: &str) -> Result<&NicConfig, Problem> {
         self.config()?.nic(id).ok_or_else(|| Problem::no_such_nic(id))
+    }
+
+    /// The guest is told of another generation ID.
+    fn patch_vm(&mut self, patch: &VmPatch) -> Result<Response, Problem> {
+        let changed = patch.apply(self.config()?, self.inventory.is_some())?;
+        let live = self.inventory.as_ref().and_then(|i| i.generation.as_ref());
+        if let (Some(live), Some(id)) = (live, changed.generation_id) {
+            live.change(id.memory()).map_err(|e| {
+                let detail = format!("the generation ID cannot be written to the guest's memory: {e}");
+                Problem::new(Code::Internal, detail, "report this with the log of the VMM")
+            })?;
+        }
+        self.config = Some(changed);
+        self.described()
     }
 
     /// Some of a disk may change at any time, and its size is looked at again; the rest needs a guest that does not exist.

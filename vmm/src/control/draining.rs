@@ -163,6 +163,7 @@ fn is_drain(operation: &mut Operation) -> bool {
 }
 
 fn still_busy(busy: &str) -> Problem {
-    let remedy = "look at the paths of the LUN (multipath -ll); the operation ends by itself when they are back";
+    let remedy =
+        "look at what the device waits for (a LUN: multipath -ll; a TPM: its swtpm); the operation ends by itself";
     Problem::new(Code::StillBusy, busy, remedy)
 }

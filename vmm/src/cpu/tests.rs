@@ -84,7 +84,7 @@ fn guest(code: &[u8], count: u8) -> Option<Guest> {
         }
     };
     install_kick_handler().unwrap();
-    let ram = Ram::new(&MemoryConfig::new(ByteSize::mib(128))).unwrap();
+    let ram = Ram::new(&MemoryConfig::new(ByteSize::mib(128)), &[]).unwrap();
     ram.map().write_slice(code, GuestAddress(CODE)).unwrap();
     let vm = kvm::create_vm(&kvm, &ram).unwrap();
     let new = NewVcpus::create(&kvm, &vm, &CpusConfig { count, ..CpusConfig::default() }, false).unwrap();

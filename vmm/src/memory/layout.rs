@@ -15,6 +15,11 @@ pub const ACPI_TABLES: u64 = 0xe_0000;
 pub const SMBIOS: u64 = 0xf_0000;
 /// And the structures behind it.
 pub const SMBIOS_TABLES: u64 = SMBIOS + 0x20;
+/// End of all tables of the direct boot at the latest.
+pub const TABLES_END: u64 = 0xf_f000;
+/// Where the generation ID lies: in the last page of the BIOS area, apart from the tables, behind room for a header that
+/// firmware might look for.
+pub const GENERATION_ID: u64 = TABLES_END + 0x28;
 /// End of the BIOS area.
 pub const BIOS_END: u64 = MIB;
 /// Start of extended memory.
@@ -61,6 +66,44 @@ pub fn ram_ranges(size: u64) -> Vec<RamRange> {
         ranges.push(RamRange { start: GuestAddress(RAM_64BIT_START), length: size - low });
     }
     ranges
+}
+
+/// The RAM of each of several nodes that have `sizes` bytes and follow each other.
+#[must_use]
+pub fn node_ranges(sizes: &[u64]) -> Vec<Vec<RamRange>> {
+    let total = sizes.iter().sum();
+    let mut free = ram_ranges(total).into_iter();
+    let mut current = free.next();
+    let nodes = sizes.iter().map(|&size| {
+        let (mut wanted, mut ranges) = (size, Vec::new());
+        while let Some(range) = current.as_mut().filter(|_| wanted > 0) {
+            let length = wanted.min(range.length);
+            ranges.push(RamRange { start: range.start, length });
+            wanted -= length;
+            range.start = GuestAddress(range.start.0 + length);
+            range.length -= length;
+            if range.length == 0 {
+                current = free.next();
+            }
+        }
+        ranges
+    });
+    nodes.collect()
+}
+
+/// The parts of `ranges` that the map of `size` bytes of RAM shows as RAM.
+#[must_use]
+pub fn usable(ranges: &[RamRange], size: u64) -> Vec<RamRange> {
+    let map = memory_map(size);
+    let ram = || map.iter().filter(|entry| entry.kind == MemoryKind::Ram);
+    let parts = ranges.iter().flat_map(|range| {
+        ram().filter_map(|entry| {
+            let start = range.start.0.max(entry.start);
+            let end = (range.start.0 + range.length).min(entry.start + entry.length);
+            (start < end).then(|| RamRange { start: GuestAddress(start), length: end - start })
+        })
+    });
+    parts.collect()
 }
 
 /// The 64-bit window for BARs above `size` bytes of RAM: start and length.
@@ -152,6 +195,30 @@ mod tests {
                     |r: &RamRange| r.start.0 <= entry.start && entry.start + entry.length <= r.start.0 + r.length;
                 assert!(ram_ranges(size).iter().any(inside), "{entry:?}");
             }
+        }
+    }
+
+    #[test]
+    fn nodes_divide_all_ram_and_what_they_show_is_what_the_memory_map_shows() {
+        for sizes in [&[128 * MIB][..], &[GIB, GIB], &[GIB, 2 * GIB, GIB], &[2 * MIB, 5 * GIB], &[2 * GIB, 2 * MIB]] {
+            let total = sizes.iter().sum();
+            let nodes = node_ranges(sizes);
+            for (node, size) in nodes.iter().zip(sizes) {
+                assert_eq!(node.iter().map(|r| r.length).sum::<u64>(), *size);
+            }
+            let mut shown: Vec<_> = nodes.iter().flat_map(|node| usable(node, total)).collect();
+            // Ranges of neighbours that meet are one in the map.
+            let mut joined: Vec<RamRange> = Vec::new();
+            for range in shown.drain(..) {
+                match joined.last_mut().filter(|last| last.start.0 + last.length == range.start.0) {
+                    Some(last) => last.length += range.length,
+                    None => joined.push(range),
+                }
+            }
+            let map = memory_map(total);
+            let ram = map.iter().filter(|entry| entry.kind == MemoryKind::Ram);
+            let ram: Vec<_> = ram.map(|e| RamRange { start: GuestAddress(e.start), length: e.length }).collect();
+            assert_eq!(joined, ram, "{sizes:?}");
         }
     }
 

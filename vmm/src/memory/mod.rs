@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::Arc;
 
-use rackvisor_api::config::{HugePages, MemoryConfig};
+use rackvisor_api::config::{HugePages, MemoryConfig, NumaNode};
 use rackvisor_devices::GuestMemory;
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
@@ -42,21 +42,30 @@ pub enum MemoryError {
 pub struct Ram {
     map: Arc<GuestMemoryMmap>,
     shared: GuestMemory,
+    prefault: bool,
 }
 
 impl Ram {
-    /// Maps RAM as `config` says.
+    /// Maps RAM as `config` says, that of each of `nodes` on the host's nodes that it names.
     ///
     /// # Errors
     /// [`MemoryError`]; nothing stays mapped then.
-    pub fn new(config: &MemoryConfig) -> Result<Self, MemoryError> {
+    pub fn new(config: &MemoryConfig, nodes: &[NumaNode]) -> Result<Self, MemoryError> {
+        let sizes: Vec<_> = nodes.iter().map(|node| node.memory.bytes()).collect();
+        let parts = layout::node_ranges(&sizes);
+        let parts: Vec<_> =
+            nodes.iter().zip(&parts).flat_map(|(node, parts)| parts.iter().map(move |p| (node, p))).collect();
         let regions = layout::ram_ranges(config.size.bytes())
             .into_iter()
             .map(|range| {
                 let length = usize::try_from(range.length).map_err(|e| MemoryError::Layout(e.to_string()))?;
                 let mapping = Mapping::new(length, config)?;
+                let end = range.start.0 + range.length;
+                for (node, part) in parts.iter().filter(|(_, part)| (range.start.0..end).contains(&part.start.0)) {
+                    mapping.bind(part.start.0 - range.start.0, part.length, &node.host_nodes)?;
+                }
                 if config.prefault {
-                    mapping.prefault()?;
+                    prefault(mapping.address, mapping.length)?;
                 }
                 let region = mapping.into_region()?;
                 GuestRegionMmap::new(region, range.start)
@@ -65,7 +74,7 @@ impl Ram {
             .collect::<Result<Vec<_>, _>>()?;
         let map = GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Layout(e.to_string()))?;
         let map = Arc::new(map);
-        Ok(Self { shared: GuestMemory::from(Arc::clone(&map)), map })
+        Ok(Self { shared: GuestMemory::from(Arc::clone(&map)), map, prefault: config.prefault })
     }
 
     /// RAM as devices see it.
@@ -84,6 +93,29 @@ impl Ram {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.map.iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// Makes all of RAM zeros, by giving its pages back to the host. Nobody may use it meanwhile.
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`] when the host refuses that, or has no pages for RAM that is to be prefaulted.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        for region in self.map.iter() {
+            let advice = if region.flags() & libc::MAP_SHARED != 0 { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+            // SAFETY: the range is a mapping of this value; devices and vCPUs, which alone have it besides, stand still.
+            if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
+                return Err(MemoryError::Map {
+                    mib: region.len() >> 20,
+                    what: "clearing it, as the guest asked for",
+                    source: io::Error::last_os_error(),
+                    remedy: "shut the VM down and boot it, which gives it new RAM",
+                });
+            }
+            if self.prefault {
+                prefault(region.as_ptr().cast(), region.size())?;
+            }
+        }
+        Ok(())
     }
 
     /// Each part of RAM: guest-physical address, bytes, host address.
@@ -174,17 +206,33 @@ impl Mapping {
         Ok(Self { address, length, prot: libc::PROT_NONE, flags })
     }
 
-    fn prefault(&self) -> Result<(), MemoryError> {
-        // SAFETY: the range is this mapping's; populating it changes no content.
-        let result = unsafe { libc::madvise(self.address, self.length, libc::MADV_POPULATE_WRITE) };
+    /// Has the pages of `length` bytes from `offset` taken from these nodes of the host, if there are any.
+    fn bind(&self, offset: u64, length: u64, host_nodes: &[u16]) -> Result<(), MemoryError> {
+        const MPOL_BIND: libc::c_int = 2;
+        const WORDS: usize = 1024 / libc::c_ulong::BITS as usize;
+        if host_nodes.is_empty() {
+            return Ok(());
+        }
+        let mut mask: [libc::c_ulong; WORDS] = [0; WORDS];
+        for node in host_nodes {
+            let (word, bit) = (usize::from(*node) / 64, *node % 64);
+            if let Some(word) = mask.get_mut(word) {
+                *word |= 1 << bit;
+            }
+        }
+        let address = self.address.wrapping_byte_add(usize::try_from(offset).unwrap_or(self.length));
+        // SAFETY: the range is a part of this mapping, whose content does not change; the mask has as many bits as is said (the
+        // kernel takes one less than it is told).
+        let result =
+            unsafe { libc::syscall(libc::SYS_mbind, address, length, MPOL_BIND, mask.as_ptr(), 1025usize, 0usize) };
         if result == 0 {
             return Ok(());
         }
         Err(MemoryError::Map {
-            mib: self.length as u64 >> 20,
-            what: "prefault",
+            mib: length >> 20,
+            what: "host_nodes",
             source: io::Error::last_os_error(),
-            remedy: "free memory on the host (or in its cgroup), or leave `memory.prefault` off",
+            remedy: "name nodes that the host has (/sys/devices/system/node/has_memory) and this process may use (cpuset.mems)",
         })
     }
 
@@ -202,6 +250,21 @@ impl Drop for Mapping {
         // SAFETY: this value owns the mapping, and no reference into it exists.
         unsafe { libc::munmap(self.address, self.length) };
     }
+}
+
+/// Takes all pages of a part of guest RAM from the host.
+fn prefault(address: *mut libc::c_void, length: usize) -> Result<(), MemoryError> {
+    // SAFETY: populating changes no content, and what is no mapping is refused by the kernel.
+    let result = unsafe { libc::madvise(address, length, libc::MADV_POPULATE_WRITE) };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(MemoryError::Map {
+        mib: length as u64 >> 20,
+        what: "prefault",
+        source: io::Error::last_os_error(),
+        remedy: "free memory on the host (or in its cgroup), or leave `memory.prefault` off",
+    })
 }
 
 fn memory_file(length: usize, flags: u32) -> io::Result<File> {
@@ -241,7 +304,7 @@ mod tests {
     #[test]
     fn ram_is_aligned_to_2_mib_zeroed_and_writable_in_every_part() {
         for shared in [false, true] {
-            let ram = Ram::new(&config(5 << 10, shared)).unwrap();
+            let ram = Ram::new(&config(5 << 10, shared), &[]).unwrap();
             for (start, length, host) in ram.slots() {
                 assert_eq!(host % ALIGNMENT as u64, 0);
                 let last = GuestAddress(start + length - 8);
@@ -250,6 +313,37 @@ mod tests {
                 assert_eq!(ram.map().read_obj::<u64>(last).unwrap(), 7);
             }
         }
+    }
+
+    #[test]
+    fn cleared_ram_is_zeros_and_usable() {
+        for (shared, prefault) in [(false, false), (true, false), (false, true), (true, true)] {
+            let ram = Ram::new(&MemoryConfig { prefault, ..config(128, shared) }, &[]).unwrap();
+            let last = GuestAddress((128 << 20) - 8);
+            ram.map().write_obj(7u64, last).unwrap();
+            ram.clear().unwrap();
+            assert_eq!(ram.map().read_obj::<u64>(last).unwrap(), 0);
+            ram.map().write_obj(8u64, last).unwrap();
+            assert_eq!(ram.map().read_obj::<u64>(last).unwrap(), 8);
+        }
+    }
+
+    #[test]
+    fn ram_of_a_node_comes_from_the_nodes_of_the_host_that_it_names() {
+        let node = |host_nodes: &[u16], mib| NumaNode {
+            cpus: None,
+            memory: ByteSize::mib(mib),
+            distances: Vec::new(),
+            host_nodes: host_nodes.to_vec(),
+        };
+        let ram = Ram::new(&config(128, false), &[node(&[], 64), node(&[0], 64)]).unwrap();
+        let (_, _, host) = ram.slots().next().unwrap();
+        if let Ok(maps) = std::fs::read_to_string("/proc/self/numa_maps") {
+            let bound = format!("{:x} bind:0", host + (64 << 20));
+            assert!(maps.lines().any(|line| line.starts_with(&bound)), "no {bound} in {maps}");
+        }
+        let absent = Ram::new(&config(128, false), &[node(&[1000], 128)]).err().unwrap();
+        assert!(absent.to_string().contains("host_nodes"), "{absent}");
     }
 
     fn is_mapped(host: u64) -> bool {
@@ -263,7 +357,7 @@ mod tests {
 
     #[test]
     fn ram_that_a_device_still_holds_stays_mapped() {
-        let ram = Ram::new(&config(128, false)).unwrap();
+        let ram = Ram::new(&config(128, false), &[]).unwrap();
         let (_, _, host) = ram.slots().next().unwrap();
         let held = ram.shared();
         drop(ram);

@@ -88,7 +88,7 @@ pub(super) fn router(app: App) -> Router {
     Router::new()
         .route("/v1/version", get(version))
         .route("/v1/openapi.json", get(openapi_json))
-        .route("/v1/vm", get(vm::describe).put(vm::define).delete(vm::forget))
+        .route("/v1/vm", get(vm::describe).put(vm::define).patch(vm::patch).delete(vm::forget))
         .route("/v1/vm/boot", post(vm::boot))
         .route("/v1/vm/pause", post(vm::pause))
         .route("/v1/vm/resume", post(vm::resume))
@@ -114,7 +114,7 @@ pub(super) fn router(app: App) -> Router {
 #[openapi(
     paths(
         version, openapi_json, metrics, sse::events,
-        vm::describe, vm::define, vm::forget,
+        vm::describe, vm::define, vm::patch, vm::forget,
         vm::boot, vm::pause, vm::resume, vm::reset, vm::power_button, vm::sleep_button, vm::shutdown, vm::nmi,
         disks::list, disks::show, disks::put, disks::patch, disks::remove,
         disk_groups::list, disk_groups::show, disk_groups::patch,

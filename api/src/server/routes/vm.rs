@@ -3,10 +3,10 @@
 use axum::extract::State;
 
 use super::super::App;
-use super::super::extract::{JsonWithFds, NoBody};
+use super::super::extract::{JsonBody, JsonWithFds, NoBody};
 use super::super::respond::Answer;
 use super::{BodyProblems, ChangeProblems, ReadProblems};
-use crate::config::VmConfig;
+use crate::config::{VmConfig, VmPatch};
 use crate::control::{Request, VmInfo};
 use crate::state::Action;
 
@@ -30,6 +30,16 @@ pub(super) async fn define(State(app): State<App>, JsonWithFds(config, passed): 
         Ok(()) => app.ask(Request::Define(Box::new(config), passed)).await,
         Err(problem) => Err(problem),
     })
+}
+
+/// Change the VM, also while the guest runs
+///
+/// A JSON merge patch (RFC 7396).
+#[utoipa::path(patch, path = "/v1/vm", tag = "vm", operation_id = "patch",
+    request_body(content((VmPatch = "application/merge-patch+json"), (VmPatch = "application/json"))),
+    responses((status = 200, description = "The VM is changed.", body = VmInfo), ReadProblems, ChangeProblems, BodyProblems))]
+pub(super) async fn patch(State(app): State<App>, JsonBody(patch): JsonBody<VmPatch>) -> Answer {
+    Answer(app.ask(Request::PatchVm(Box::new(patch))).await)
 }
 
 /// Forget the VM

@@ -1,0 +1,75 @@
+//! The TPM emulator behind a guest's TPM, as a host agent starts it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rackvisor_api::config::TpmConfig;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::eventually;
+
+/// Why there can be no TPM here.
+pub fn swtpm_is_missing() -> Option<&'static str> {
+    let there = Command::new("swtpm").arg("--version").output().is_ok();
+    (!there).then_some("swtpm is not installed (Debian package swtpm)")
+}
+
+/// A swtpm with its state in a folder. Dropping it kills it.
+pub struct Swtpm {
+    process: Child,
+    folder: PathBuf,
+}
+
+impl Swtpm {
+    /// Starts it with its state and its socket in `folder`, which may have the state of an earlier one.
+    pub fn start(folder: &Path) -> Self {
+        let process = Self::run(folder);
+        Self { process, folder: folder.to_owned() }
+    }
+
+    fn run(folder: &Path) -> Child {
+        let socket = folder.join("swtpm.sock");
+        let _ = fs::remove_file(&socket);
+        let state = format!("dir={}", folder.display());
+        let control = format!("type=unixio,path={}", socket.display());
+        let mut command = Command::new("swtpm");
+        command.args(["socket", "--tpm2", "--tpmstate", &state, "--ctrl", &control]);
+        let process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // It exists a moment before somebody listens: the kernel shows that it accepts.
+        let accepts =
+            |line: &str| line.ends_with(socket.to_str().unwrap()) && line.split_whitespace().nth(3) == Some("00010000");
+        eventually("swtpm listens", || {
+            fs::read_to_string("/proc/net/unix").unwrap().lines().any(accepts).then_some(())
+        });
+        process
+    }
+
+    /// What names it in the configuration of a VM.
+    pub fn config(&self) -> TpmConfig {
+        TpmConfig { socket: self.folder.join("swtpm.sock") }
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.process), signal).unwrap();
+    }
+
+    /// Kills it and waits until it is gone.
+    pub fn kill(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
+    /// Starts it again with the state that it left.
+    pub fn start_again(&mut self) {
+        self.kill();
+        self.process = Self::run(&self.folder);
+    }
+}
+
+impl Drop for Swtpm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
