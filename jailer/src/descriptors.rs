@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, statat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, openat, statat, unlinkat};
 use rustix::io::{Errno, FdFlags, dup2, fcntl_dupfd_cloexec, fcntl_setfd};
 
 use crate::cli::TapOption;
@@ -23,6 +23,7 @@ pub struct Handed {
     /// All numbers.
     pub numbers: Vec<u32>,
     taps: Vec<(String, Vec<OwnedFd>)>,
+    listener: Option<UnixListener>,
 }
 
 impl Handed {
@@ -44,7 +45,7 @@ impl Handed {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         let null = null.and_then(|null| fcntl_dupfd_cloexec(&null, ABOVE_NAMED));
         let null = null.map_err(refused("open /dev/null as a descriptor above 1023 (ulimit -n)"))?;
-        let mut handed = Self { numbers: keep.to_vec(), taps: Vec::new() };
+        let mut handed = Self { numbers: keep.to_vec(), taps: Vec::new(), listener: None };
         for tap in taps {
             let places: Result<_, _> = tap.fds.iter().map(|number| reserve(&null, *number)).collect();
             handed.taps.push((tap.name.clone(), places?));
@@ -78,14 +79,15 @@ impl Handed {
         Ok(())
     }
 
-    /// Adds the API socket, under whatever number it has.
+    /// Adds the API socket; gives the number that it has.
     ///
     /// # Errors
     /// What the kernel refused.
-    pub fn add(&mut self, socket: &ApiSocket) -> Result<u32, JailError> {
-        fcntl_setfd(&socket.listener, FdFlags::empty()).map_err(refused("hand over the API socket"))?;
-        let number = socket.listener.as_raw_fd().cast_unsigned();
+    pub fn add(&mut self, listener: UnixListener) -> Result<u32, JailError> {
+        fcntl_setfd(&listener, FdFlags::empty()).map_err(refused("hand over the API socket"))?;
+        let number = listener.as_raw_fd().cast_unsigned();
         self.numbers.push(number);
+        self.listener = Some(listener);
         Ok(number)
     }
 }
@@ -98,46 +100,35 @@ fn reserve(null: &OwnedFd, number: u32) -> Result<OwnedFd, JailError> {
     }
 }
 
-/// A socket of root's that listens; dropping it removes the file, if it is still this one.
-#[derive(Debug)]
-pub struct ApiSocket {
-    listener: UnixListener,
-    _file: OwnFile,
-}
-
-impl ApiSocket {
-    /// Makes it, mode 0600, in place of one that nobody listens on.
-    ///
-    /// # Errors
-    /// The path is in use, or somebody but root could change what it leads to.
-    pub fn bind(path: &Path) -> Result<Self, JailError> {
-        let (folder, name) = trusted::parent(path)?;
-        folder.only_owner_writes()?;
-        // Below the folder that was opened, whatever its path leads to by now.
-        let at = PathBuf::from(format!("/proc/self/fd/{}", folder.fd.as_raw_fd())).join(&name);
-        match statat(&folder.fd, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => (),
-            Err(error) => return Err(refused_at("examine", path)(error)),
-            Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
-                let text =
-                    format!("{}: something that is not a socket is already there; choose another path", path.display());
-                return Err(JailError::Unusable(text));
-            }
-            Ok(_) if UnixStream::connect(&at).is_ok() => {
-                let text =
-                    format!("{}: another process is listening there; stop it or choose another path", path.display());
-                return Err(JailError::Unusable(text));
-            }
-            Ok(_) => {
-                unlinkat(&folder.fd, &name, AtFlags::empty()).map_err(refused_at("remove the dead socket", path))?
-            }
+/// Listens on a new Unix socket of root's, mode 0600, in place of one that nobody listens on.
+///
+/// # Errors
+/// The path is in use, or somebody but root could change what it leads to.
+pub fn listen(path: &Path) -> Result<(UnixListener, OwnFile), JailError> {
+    let (folder, name) = trusted::parent(path)?;
+    folder.only_owner_writes()?;
+    // Below the folder that was opened, whatever its path leads to by now.
+    let at = PathBuf::from(format!("/proc/self/fd/{}", folder.fd.as_raw_fd())).join(&name);
+    match statat(&folder.fd, &name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => (),
+        Err(error) => return Err(refused_at("examine", path)(error)),
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
+            let text =
+                format!("{}: something that is not a socket is already there; choose another path", path.display());
+            return Err(JailError::Unusable(text));
         }
-        let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-        let listener = UnixListener::bind(&at);
-        rustix::process::umask(before);
-        let listener = listener.map_err(refused_at("listen on", path))?;
-        Ok(Self { listener, _file: OwnFile::at(folder, name)? })
+        Ok(_) if UnixStream::connect(&at).is_ok() => {
+            let text =
+                format!("{}: another process is listening there; stop it or choose another path", path.display());
+            return Err(JailError::Unusable(text));
+        }
+        Ok(_) => unlinkat(&folder.fd, &name, AtFlags::empty()).map_err(refused_at("remove the dead socket", path))?,
     }
+    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(&at);
+    rustix::process::umask(before);
+    let listener = listener.map_err(refused_at("listen on", path))?;
+    Ok((listener, OwnFile::at(folder, name)?))
 }
 
 /// A file that this process has made; dropping it removes the file, unless another has taken its place.
@@ -145,7 +136,8 @@ impl ApiSocket {
 pub struct OwnFile {
     folder: Found,
     name: OsString,
-    identity: (u64, u64),
+    /// Held open, as its number would be given to another file else.
+    file: OwnedFd,
 }
 
 impl OwnFile {
@@ -154,16 +146,22 @@ impl OwnFile {
     /// # Errors
     /// It is not there.
     pub fn at(folder: Found, name: OsString) -> Result<Self, JailError> {
-        let stat =
-            statat(&folder.fd, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(refused_at("examine", Path::new(&name)))?;
-        Ok(Self { folder, name, identity: (stat.st_dev, stat.st_ino) })
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = openat(&folder.fd, &name, flags, Mode::empty());
+        let file = file.map_err(refused_at("open", Path::new(&name)))?;
+        Ok(Self { folder, name, file })
+    }
+
+    fn is_still_there(&self) -> rustix::io::Result<bool> {
+        let now = statat(&self.folder.fd, &self.name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let ours = fstat(&self.file)?;
+        Ok((now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino))
     }
 }
 
 impl Drop for OwnFile {
     fn drop(&mut self) {
-        let now = statat(&self.folder.fd, &self.name, AtFlags::SYMLINK_NOFOLLOW);
-        if now.is_ok_and(|now| (now.st_dev, now.st_ino) == self.identity) {
+        if self.is_still_there() == Ok(true) {
             // Nobody can be told of more than that it is still there, which is seen.
             let _ = unlinkat(&self.folder.fd, &self.name, AtFlags::empty());
         }
@@ -183,18 +181,16 @@ mod tests {
         }
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
-        let socket = ApiSocket::bind(&path).unwrap();
+        let (listener, file) = listen(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert!(ApiSocket::bind(&path).unwrap_err().to_string().contains("listening there"));
+        assert!(listen(&path).unwrap_err().to_string().contains("listening there"));
         // As if it was killed.
-        let ApiSocket { listener, _file: file } = socket;
         std::mem::forget(file);
         drop(listener);
-        let next = ApiSocket::bind(&path).unwrap();
-        drop(next);
+        drop(listen(&path).unwrap());
         assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
-        assert!(ApiSocket::bind(&path).is_err());
+        assert!(listen(&path).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 

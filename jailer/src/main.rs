@@ -40,7 +40,7 @@ use clap::Parser;
 use crate::cgroup::Cgroups;
 use crate::cli::Cli;
 use crate::daemon::Background;
-use crate::descriptors::{ApiSocket, Handed, OwnFile};
+use crate::descriptors::{Handed, OwnFile};
 use crate::error::{JailError, refused};
 use crate::instance::Instance;
 use crate::launch::{Child, Plan, Waiting};
@@ -70,8 +70,8 @@ fn run(cli: &Cli) -> Result<u8, JailError> {
     let log = cli.log_file.as_deref().map(daemon::open_log).transpose()?;
     let instance = Instance::claim(&cli.base, &cli.id)?;
     handed.open_taps()?;
-    let socket = cli.api_socket.as_deref().map(ApiSocket::bind).transpose()?;
-    let plan = plan::plan(cli, &instance, &mut handed, socket.as_ref())?;
+    let (listener, _socket) = cli.api_socket.as_deref().map(descriptors::listen).transpose()?.unzip();
+    let plan = plan::plan(cli, &instance, &mut handed, listener)?;
     let background = match (&log, cli.daemon) {
         (Some(log), true) => Some(Background::enter(log)?),
         _ => None,
@@ -80,6 +80,8 @@ fn run(cli: &Cli) -> Result<u8, JailError> {
     if let Some(background) = background {
         background.tell(started.as_ref().map(drop));
     }
+    // What the VMM has is its own from now on.
+    drop((plan, handed));
     let (child, _pid_file) = started?;
     child.attend(&signals)
 }

@@ -1,11 +1,12 @@
 //! From the command line to a [`Plan`]: everything is found, checked and opened here, while the host is still there.
 
+use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::FileType;
 
 use crate::cli::Cli;
-use crate::descriptors::{ApiSocket, Handed};
+use crate::descriptors::Handed;
 use crate::error::{JailError, refused_at};
 use crate::instance::Instance;
 use crate::launch::{Plan, VMM};
@@ -24,7 +25,7 @@ pub fn plan(
     cli: &Cli,
     instance: &Instance,
     handed: &mut Handed,
-    socket: Option<&ApiSocket>,
+    listener: Option<UnixListener>,
 ) -> Result<Plan, JailError> {
     let mut contents = Contents::default();
     let run = instance.make_run(cli.uid, cli.gid)?;
@@ -44,8 +45,8 @@ pub fn plan(
     // Those above others first, so that one that would hide another is noticed.
     contents.mounts.sort_by(|one, other| one.target.cmp(&other.target));
     let mut arguments = vec!["rackvisor".to_owned()];
-    if let Some(socket) = socket {
-        arguments.push(format!("--api-fd={}", handed.add(socket)?));
+    if let Some(listener) = listener {
+        arguments.push(format!("--api-fd={}", handed.add(listener)?));
     }
     arguments.extend(cli.arguments.iter().cloned());
     Ok(Plan {

@@ -12,6 +12,7 @@
 
 mod guest;
 mod hostdisk;
+mod jail;
 mod laps;
 mod linux;
 mod node;
@@ -33,8 +34,9 @@ use std::time::{Duration, Instant};
 
 pub use guest::Guest;
 pub use hostdisk::{Mapped, NullBlk};
+pub use jail::{Jail, jail_is_missing, jailer_binary};
 pub use laps::Laps;
-pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio, linux_with_net};
+pub use linux::{Kernel, guest_folder, linux, linux_that_runs, linux_with_fio, linux_with_net};
 pub use node::{Node, nodes};
 pub use pairwise::pairwise;
 pub use process::{Census, Mappings, assert_nothing_more};

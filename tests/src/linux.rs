@@ -21,7 +21,7 @@ pub enum Kernel {
 impl Kernel {
     /// The file.
     pub fn path(self) -> PathBuf {
-        folder().join(match self {
+        guest_folder().join(match self {
             Self::Vmlinuz => "vmlinuz",
             Self::Vmlinux => "vmlinux",
         })
@@ -29,7 +29,7 @@ impl Kernel {
 }
 
 /// RACKVISOR_GUEST, or where `resources/guest/build` puts it.
-fn folder() -> PathBuf {
+pub fn guest_folder() -> PathBuf {
     let path = std::env::var_os("RACKVISOR_GUEST").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("out").join("guest/cloud-amd64"),
         PathBuf::from,
@@ -60,7 +60,7 @@ pub fn linux_with_net() -> VmConfig {
 }
 
 fn linux_with(set: &str) -> VmConfig {
-    let initrd = folder().join(format!("initrd-{set}.img"));
+    let initrd = guest_folder().join(format!("initrd-{set}.img"));
     assert!(initrd.exists(), "no {}: run resources/guest/build --{set}", initrd.display());
     let mut config = linux();
     config.boot = config.boot.map(|boot| BootConfig { initrd: Some(initrd), ..boot });
@@ -76,7 +76,7 @@ fn with_cmdline(cmdline: &str) -> VmConfig {
     let mut config = VmConfig::new("guest", ByteSize::mib(256));
     config.boot = Some(BootConfig {
         kernel: Kernel::Vmlinux.path(),
-        initrd: Some(folder().join("initrd.img")),
+        initrd: Some(guest_folder().join("initrd.img")),
         cmdline: cmdline.into(),
     });
     config
