@@ -14,9 +14,6 @@ use crate::error::{JailError, refused, refused_at};
 use crate::sys;
 use crate::trusted::{self, Found};
 
-/// Above all numbers that the command line may name.
-const ABOVE_NAMED: i32 = 1024;
-
 /// Descriptors that will be handed over, open as the numbers that the command line names.
 #[derive(Debug, Default)]
 pub struct Handed {
@@ -43,8 +40,12 @@ impl Handed {
             }
         }
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-        let null = null.and_then(|null| fcntl_dupfd_cloexec(&null, ABOVE_NAMED));
-        let null = null.map_err(refused("open /dev/null as a descriptor above 1023 (ulimit -n)"))?;
+        let mut null = null.map_err(refused("open /dev/null"))?;
+        // It must not sit on one of the numbers itself.
+        while taps.iter().any(|tap| tap.fds.contains(&null.as_raw_fd().cast_unsigned())) {
+            let next = null.as_raw_fd().saturating_add(1);
+            null = fcntl_dupfd_cloexec(&null, next).map_err(refused("open /dev/null"))?;
+        }
         let mut handed = Self { numbers: keep.to_vec(), taps: Vec::new(), listener: None };
         for tap in taps {
             let places: Result<_, _> = tap.fds.iter().map(|number| reserve(&null, *number)).collect();

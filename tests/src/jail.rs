@@ -1,5 +1,6 @@
 //! The real jailer around the real VMM.
 
+use std::ffi::OsStr;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -77,12 +78,20 @@ impl Jail {
         chown(path, Some(self.uid), Some(self.uid)).unwrap();
     }
 
-    /// The jailer, with `options`; arguments for rackvisor may follow.
+    /// The jailer, with `options`, which go before what is usual; arguments for rackvisor may follow.
     pub fn command(&self, options: &[&str]) -> Command {
+        let (uid, vmm) = (self.uid.to_string(), rackvisor_binary());
+        let usual = [
+            ("--id", OsStr::new(&self.id)),
+            ("--uid", OsStr::new(&uid)),
+            ("--gid", OsStr::new(&uid)),
+            ("--base", self.base().as_os_str()),
+            ("--vmm", vmm.as_os_str()),
+        ];
         let mut jailer = Command::new(jailer_binary());
-        let uid = self.uid.to_string();
-        jailer.args(["--id", &self.id, "--uid", &uid, "--gid", &uid]).arg("--base").arg(self.base());
-        jailer.arg("--vmm").arg(rackvisor_binary());
+        for (option, value) in usual.iter().filter(|(option, _)| !options.contains(option)) {
+            jailer.arg(option).arg(value);
+        }
         jailer.args(options).arg("--").stdin(Stdio::null());
         jailer
     }

@@ -67,7 +67,8 @@ fn assert_jailed(pid: u32, jail: &Jail) {
     assert_eq!(status(pid, "NSpid").split(' ').last(), Some("1"), "it is alone");
     let network = lines(pid, "net/dev");
     assert!(network[2..].iter().all(|line| line.trim().starts_with("lo:")), "{network:?}");
-    assert!(lines(pid, "limits").iter().any(|line| line.starts_with("Max core file size         0")));
+    let core = lines(pid, "limits").into_iter().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
 }
 
 #[test]
