@@ -64,7 +64,7 @@ fn assert_jailed(pid: u32, jail: &Jail) {
         println!("{}", of(&pid.to_string()).display());
         assert_ne!(of(&pid.to_string()), of("self"), "{space}");
     }
-    assert_eq!(status(pid, "NSpid").split(' ').last(), Some("1"), "it is alone");
+    assert_eq!(status(pid, "NSpid").split(' ').next_back(), Some("1"), "it is alone");
     let network = lines(pid, "net/dev");
     assert!(network[2..].iter().all(|line| line.trim().starts_with("lo:")), "{network:?}");
     let core = lines(pid, "limits").into_iter().find(|line| line.starts_with("Max core file size")).unwrap();
