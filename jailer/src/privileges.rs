@@ -64,7 +64,7 @@ pub fn set_limits(limits: &[Limit]) -> Result<(), JailError> {
         setrlimit(Resource::Core, none).map_err(refused("forbid core dumps"))?;
     }
     for Limit { name, resource, limit } in limits {
-        setrlimit(*resource, limit.clone()).map_err(refused(format!("set the resource limit {name}")))?;
+        setrlimit(*resource, *limit).map_err(refused(format!("set the resource limit {name}")))?;
     }
     Ok(())
 }
