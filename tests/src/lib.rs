@@ -13,6 +13,7 @@
 mod exits;
 mod guest;
 mod hostdisk;
+mod jail;
 mod laps;
 mod linux;
 mod node;
@@ -37,8 +38,11 @@ use std::time::{Duration, Instant};
 pub use exits::{Trace, exits};
 pub use guest::Guest;
 pub use hostdisk::{Mapped, NullBlk};
+pub use jail::{Jail, jail_is_missing, jailer_binary};
 pub use laps::Laps;
-pub use linux::{Kernel, linux, linux_that_runs, linux_with_fio, linux_with_net, linux_with_tpm, stock_kernel};
+pub use linux::{
+    Kernel, guest_folder, linux, linux_that_runs, linux_with_fio, linux_with_net, linux_with_tpm, stock_kernel,
+};
 pub use node::{Node, nodes};
 pub use pairwise::pairwise;
 pub use process::{Census, Mappings, assert_nothing_more};

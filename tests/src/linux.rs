@@ -21,7 +21,7 @@ pub enum Kernel {
 impl Kernel {
     /// The file.
     pub fn path(self) -> PathBuf {
-        folder().join(match self {
+        guest_folder().join(match self {
             Self::Vmlinuz => "vmlinuz",
             Self::Vmlinux => "vmlinux",
         })
@@ -29,7 +29,7 @@ impl Kernel {
 }
 
 /// RACKVISOR_GUEST, or where `resources/guest/build` puts it.
-pub(crate) fn folder() -> PathBuf {
+pub fn guest_folder() -> PathBuf {
     let path = std::env::var_os("RACKVISOR_GUEST").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("out").join("guest/cloud-amd64"),
         PathBuf::from,
@@ -78,7 +78,7 @@ pub fn linux_with_tpm() -> VmConfig {
 }
 
 fn linux_with(set: &str) -> VmConfig {
-    let initrd = folder().join(format!("initrd-{set}.img"));
+    let initrd = guest_folder().join(format!("initrd-{set}.img"));
     assert!(initrd.exists(), "no {}: run resources/guest/build --{set}", initrd.display());
     let mut config = linux();
     config.boot = config.boot.map(|boot| BootConfig { initrd: Some(initrd), ..boot });
@@ -93,7 +93,7 @@ pub fn linux_that_runs(script: &str, then: &str) -> VmConfig {
 fn with_cmdline(cmdline: &str) -> VmConfig {
     let mut config = VmConfig::new("guest", ByteSize::mib(256));
     config.boot = Some(BootConfig {
-        initrd: Some(folder().join("initrd.img")),
+        initrd: Some(guest_folder().join("initrd.img")),
         cmdline: cmdline.into(),
         ..BootConfig::with_kernel(Kernel::Vmlinux.path())
     });

@@ -31,7 +31,7 @@ pub enum Loader {
 }
 
 fn file(name: &str) -> PathBuf {
-    let path = linux::folder().join("efi").join(name);
+    let path = linux::guest_folder().join("efi").join(name);
     assert!(path.exists(), "no {}: run resources/guest/build --uefi", path.display());
     path
 }

@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Census, Guest, PATIENCE, eventually};
+use crate::{Census, Guest, Jail, PATIENCE, eventually, guest_folder};
 
 /// The `rackvisor` under test: RACKVISOR_BIN, or the one that was built with this test.
 pub fn rackvisor_binary() -> PathBuf {
@@ -46,8 +46,10 @@ fn without_net_admin() -> Command {
 
 /// A running `rackvisor`. Dropping it kills it; after a failure its log is shown.
 pub struct Rackvisor {
+    /// The VMM, or the jailer that it is started by.
     process: Child,
     folder: TempDir,
+    jail: Option<Jail>,
     /// Talks to it.
     pub client: Client,
 }
@@ -58,8 +60,12 @@ impl Rackvisor {
         Self::start_with(&[])
     }
 
-    /// Starts it with more arguments.
+    /// Starts it with more arguments; in a jail if RACKVISOR_JAIL is set.
     pub fn start_with(arguments: &[&str]) -> Self {
+        if std::env::var_os("RACKVISOR_JAIL").is_some() {
+            let guest = guest_folder();
+            return Self::start_jailed(Jail::new(), &["--share-ro", guest.to_str().unwrap()], arguments);
+        }
         Self::start_by(Command::new(rackvisor_binary()).stdin(Stdio::null()), arguments)
     }
 
@@ -73,8 +79,20 @@ impl Rackvisor {
         vmm
     }
 
-    fn start_by(command: &mut Command, arguments: &[&str]) -> Self {
+    /// Starts it in a jail that has its folder and what `options` of the jailer say.
+    pub fn start_jailed(jail: Jail, options: &[&str], arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        jail.give(folder.path());
+        let share = ["--share", folder.path().to_str().unwrap()];
+        let mut command = jail.command(&[&share, options].concat());
+        Self::start_in(folder, Some(jail), &mut command, arguments)
+    }
+
+    fn start_by(command: &mut Command, arguments: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), None, command, arguments)
+    }
+
+    fn start_in(folder: TempDir, jail: Option<Jail>, command: &mut Command, arguments: &[&str]) -> Self {
         let socket = folder.path().join("api.sock");
         let log = File::create(folder.path().join("log")).unwrap();
         let process = command
@@ -87,7 +105,7 @@ impl Rackvisor {
             .spawn()
             .unwrap();
         let client = Client::new(&socket).with_timeout(PATIENCE);
-        let mut vmm = Self { process, folder, client };
+        let mut vmm = Self { process, folder, jail, client };
         eventually("rackvisor answers", || {
             assert_eq!(vmm.process.try_wait().unwrap(), None, "rackvisor ended at once: {}", vmm.log());
             vmm.client.version().ok()
@@ -103,6 +121,9 @@ impl Rackvisor {
     /// A disk image with this content.
     pub fn image(&self, name: &str, content: &[u8]) -> DiskConfig {
         fs::write(self.path(name), content).unwrap();
+        if let Some(jail) = &self.jail {
+            jail.give(&self.path(name));
+        }
         DiskConfig::new(name, self.path(name))
     }
 
@@ -113,12 +134,25 @@ impl Rackvisor {
 
     /// Its threads and descriptors.
     pub fn census(&self) -> Census {
-        Census::of(self.process.id())
+        Census::of(self.pid())
     }
 
-    /// Its process id.
+    /// The process id of the VMM.
     pub fn pid(&self) -> u32 {
-        self.process.id()
+        self.jail.as_ref().map_or_else(|| self.process.id(), |jail| jail.vmm().unwrap())
+    }
+
+    /// Its jail.
+    ///
+    /// # Panics
+    /// If it has none.
+    pub fn jail(&self) -> &Jail {
+        self.jail.as_ref().unwrap()
+    }
+
+    /// The process that was started: the jailer's, if there is one.
+    pub fn process(&mut self) -> &mut Child {
+        &mut self.process
     }
 
     /// Defines and boots; describes the running VM.
@@ -198,7 +232,8 @@ impl Rackvisor {
 
     /// Kills it with SIGKILL and waits until the kernel has taken it apart.
     pub fn kill(mut self) -> TempDir {
-        self.process.kill().unwrap();
+        let vmm = Pid::from_raw(self.pid().cast_signed()).unwrap();
+        kill_process(vmm, Signal::KILL).unwrap();
         self.process.wait().unwrap();
         let empty = tempfile::tempdir().unwrap();
         std::mem::replace(&mut self.folder, empty)

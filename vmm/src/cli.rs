@@ -61,8 +61,12 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Serve {
     /// Unix socket to serve the API on.
-    #[arg(long, value_name = "SOCKET", required = true)]
+    #[arg(long, value_name = "SOCKET", required_unless_present = "api_fd")]
     pub api_socket: Option<PathBuf>,
+    /// Serve the API on the listening Unix socket that this process was started with as descriptor FD: by the jailer, or
+    /// by systemd as 3.
+    #[arg(long, value_name = "FD", conflicts_with = "api_socket")]
+    pub api_fd: Option<u32>,
     /// Define the VM from this file, JSON or TOML, before the first client is heard.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -101,6 +105,8 @@ mod tests {
     fn a_socket_is_needed_to_serve_and_not_needed_otherwise() {
         assert!(Cli::try_parse_from(["rackvisor"]).is_err());
         assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s"]).is_ok());
+        assert!(Cli::try_parse_from(["rackvisor", "--api-fd", "3"]).is_ok());
+        assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s", "--api-fd", "3"]).is_err());
         assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s", "--boot"]).is_err());
         assert!(Cli::try_parse_from(["rackvisor", "run", "vm.toml"]).is_ok());
         assert!(Cli::try_parse_from(["rackvisor", "doctor"]).is_ok());

@@ -27,11 +27,14 @@ type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
 /// Serves the API until a signal ends the process.
 pub fn serve(options: &Serve, inherited_taps: InheritedTaps) -> Outcome {
-    let socket = options.api_socket.as_deref().ok_or("--api-socket is missing")?;
     let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
     let host = HostOptions { inherited_taps, ..HostOptions::default() };
     let mut control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::Served, host)?;
-    let server = Server::bind(socket)?;
+    let server = match (options.api_fd, options.api_socket.as_deref()) {
+        (Some(number), _) => Server::inherit(number)?,
+        (None, Some(socket)) => Server::bind(socket)?,
+        (None, None) => return Err("--api-socket is missing".into()),
+    };
     control.end_on(signals(&[SIGTERM, SIGINT])?);
     // A terminal that goes away must not take the VM along.
     signal_hook::flag::register(SIGHUP, Arc::default())?;

@@ -124,7 +124,7 @@ mod tests {
 
     /// Where a problem points, of four vCPUs and 512 MiB in `nodes`.
     fn problem(nodes: &[NumaNode]) -> Option<String> {
-        let cpus = CpusConfig { count: 4, topology: None };
+        let cpus = CpusConfig { count: 4, ..CpusConfig::default() };
         let outcome = check(nodes, &cpus, &MemoryConfig::new(ByteSize::mib(512)), &Pointer::root().key("numa"));
         outcome.err().map(|problem| problem.pointer.unwrap())
     }

@@ -6,7 +6,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::descriptors::OwnDescriptors;
 
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: i32 = 128;
@@ -42,6 +45,15 @@ pub(super) fn listen(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     Ok((UnixListener::from(socket), file))
 }
 
+/// A listening Unix socket that this process was started with, as descriptor `number`.
+pub(super) fn inherited(number: u32) -> io::Result<UnixListener> {
+    let socket = OwnDescriptors::new()?.copy(number)?;
+    let listens = sockopt::socket_domain(&socket)? == AddressFamily::UNIX
+        && sockopt::socket_type(&socket)? == SocketType::STREAM
+        && sockopt::socket_acceptconn(&socket)?;
+    if listens { Ok(socket.into()) } else { Err(io::Error::other("it is no Unix stream socket that listens")) }
+}
+
 /// Removes the socket of a process that is gone; anything else at `path` is an error.
 fn remove_dead(path: &Path) -> io::Result<()> {
     let found = match fs::symlink_metadata(path) {
@@ -68,6 +80,8 @@ fn remove_dead(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[test]
@@ -88,6 +102,20 @@ mod tests {
         fs::write(&path, "precious").unwrap();
         assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn only_a_socket_that_listens_is_inherited() {
+        let folder = tempfile::tempdir().unwrap();
+        let (listener, _file) = listen(&folder.path().join("api.sock")).unwrap();
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let file = fs::File::open("/dev/null").unwrap();
+        let number = |fd: i32| u32::try_from(fd).unwrap();
+        inherited(number(listener.as_raw_fd())).unwrap();
+        for other in [stream.as_raw_fd(), tcp.as_raw_fd(), file.as_raw_fd(), 1_000_000] {
+            assert!(inherited(number(other)).is_err(), "{other}");
+        }
     }
 
     #[test]

@@ -111,7 +111,18 @@ impl Server {
         Ok(Self { listener, file: Some(file), limits: Limits::default() })
     }
 
-    /// Serves on a socket that someone else opened, such as the jailer or systemd. Its file is left alone.
+    /// Serves on the listening Unix socket that this process was started with as descriptor `number`, by the jailer or systemd.
+    /// Its file is left alone.
+    ///
+    /// # Errors
+    /// There is no such descriptor, or it is something else.
+    pub fn inherit(number: u32) -> io::Result<Self> {
+        listener::inherited(number).map(Self::from_listener).map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot serve the API on descriptor {number}: {error}"))
+        })
+    }
+
+    /// Serves on a socket that someone else opened. Its file is left alone.
     pub fn from_listener(listener: UnixListener) -> Self {
         Self { listener, file: None, limits: Limits::default() }
     }
