@@ -7,6 +7,7 @@ mod hostile;
 mod identity;
 mod lifecycle;
 mod limits;
+mod pace;
 mod real;
 mod receive;
 mod steering;

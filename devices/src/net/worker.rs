@@ -41,7 +41,7 @@ use crate::{DeviceEvent, GuestMemory};
 const RETRY: Duration = Duration::from_secs(1);
 
 /// How frames are gathered. TCP follows the way that frames take by much more than chance, hence the gain.
-const TUNING: Tuning = Tuning { longest: Duration::from_millis(2), episode: 512, gain: 1.3 };
+pub(super) const TUNING: Tuning = Tuning { longest: Duration::from_millis(2), episode: 512, gain: 1.3 };
 
 /// What the device tells a worker.
 pub(super) enum Message {

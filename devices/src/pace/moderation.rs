@@ -125,6 +125,12 @@ impl Moderation {
         }
     }
 
+    /// At a level, for as long as no episode ends.
+    #[cfg(test)]
+    pub fn at(level: usize, tuning: Tuning, now: Instant) -> Self {
+        Self { home: level, ..Self::new(tuning, now) }
+    }
+
     /// How the worker is to take requests.
     pub fn level(&self) -> Level {
         let [first, ..] = LEVELS;
