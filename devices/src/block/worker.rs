@@ -29,7 +29,7 @@ use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{GuestMemory, interrupt::QueueInterrupt};
 
 /// How requests are gathered.
-const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1 };
+const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1, first: 0 };
 
 /// What the owner of a worker asks of it.
 pub(super) enum Command {

@@ -58,9 +58,10 @@ impl Pace {
     /// A new driver's, of which nothing is known yet.
     pub fn begin(tuning: Tuning) -> Self {
         let now = Instant::now();
+        let moderation = Moderation::new(tuning, now);
         // Where the host does not let a thread choose, it is as polite as it is.
-        let _ = scheduling::wait_for_others(false);
-        Self { polling: Polling::default(), moderation: Moderation::new(tuning, now), settled: now }
+        let _ = scheduling::wait_for_others(moderation.level().polite);
+        Self { polling: Polling::default(), moderation, settled: now }
     }
 
     /// The worker has nothing to do from now on that anybody waits for.

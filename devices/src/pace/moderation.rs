@@ -23,6 +23,8 @@ pub(crate) struct Tuning {
     pub episode: u32,
     /// How many times as much has to come through for a change of level: less may be chance.
     pub gain: f64,
+    /// The level to begin with, and to go back to where nothing is gained.
+    pub first: usize,
 }
 
 /// How a worker takes requests.
@@ -107,7 +109,7 @@ pub(crate) struct Moderation {
 impl Moderation {
     pub fn new(tuning: Tuning, now: Instant) -> Self {
         Self {
-            home: 0,
+            home: tuning.first,
             tried: None,
             step: 0,
             tuning,
@@ -170,9 +172,10 @@ impl Moderation {
         Some(rest)
     }
 
-    /// The most that requests wait for each other: what as many take with the first level.
+    /// The most that requests wait for each other: what as many take with the level to begin with.
     fn pause(&self, goal: u16) -> Duration {
-        Duration::from_secs_f64(f64::from(goal) / self.rate(0).requests.max(1.0)).min(self.tuning.longest)
+        Duration::from_secs_f64(f64::from(goal) / self.rate(self.tuning.first).requests.max(1.0))
+            .min(self.tuning.longest)
     }
 
     /// A batch of requests (at least one) was taken.
@@ -190,7 +193,7 @@ impl Moderation {
         let slow =
             self.tried.is_some() && time * self.rate(self.home).requests > SLOWER * f64::from(self.tuning.episode);
         let vain = self.vain >= VAIN && self.vain.saturating_mul(2) > self.batches;
-        if self.index() > 0 && (alone || vain) {
+        if self.index() > self.tuning.first && (alone || vain) {
             self.unsuited();
             self.begin(now);
         } else if self.requests >= self.tuning.episode || slow {
@@ -248,7 +251,7 @@ impl Moderation {
             self.step = (self.step + 1) % STEPS.len();
             let next = self.home.checked_add_signed(step).filter(|next| *next < LEVELS.len());
             if let Some(next) = next
-                && (small || self.home > 0)
+                && (small || self.home > self.tuning.first)
             {
                 self.tried = Some(next);
                 return;
@@ -265,7 +268,7 @@ impl Moderation {
     fn is_better(&self, tried: usize) -> bool {
         let (home, other) = (self.rate(self.home).work, self.rate(tried).work);
         // Where nothing is gained, nothing waits.
-        if tried == 0 { other > home } else { other >= home * self.tuning.gain }
+        if tried == self.tuning.first { other > home } else { other >= home * self.tuning.gain }
     }
 
     fn begin(&mut self, now: Instant) {
@@ -277,7 +280,7 @@ impl Moderation {
 mod tests {
     use super::*;
 
-    const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1 };
+    const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1, first: 0 };
 
     /// A driver with requests outstanding, and a worker.
     struct Model {
@@ -381,6 +384,16 @@ mod tests {
         (model.change, model.others) = (400, 0);
         model.run(20 * TUNING.episode);
         assert!(model.moderation.home > 0, "{:?}", model.moderation);
+    }
+
+    #[test]
+    fn a_worker_that_begins_politely_stays_so_unless_others_keep_it_waiting_for_long() {
+        for (others, polite) in [(0, true), (3000, false)] {
+            let mut model = Model::new(100, 400, others, 1);
+            model.moderation = Moderation::new(Tuning { first: 1, ..TUNING }, model.now);
+            model.run(20_000);
+            assert_eq!(LEVELS[model.moderation.home].polite, polite, "{:?}", model.moderation);
+        }
     }
 
     #[test]

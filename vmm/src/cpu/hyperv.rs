@@ -7,6 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 use rackvisor_api::config::HypervFeatures;
 
+use super::cpuid::leaf;
 use super::features::Register;
 use super::state;
 use crate::kvm::{KvmError, hyperv, refused};
@@ -98,14 +99,6 @@ const BITS: [Bit; 23] = [
 /// The leaves that `features` come to.
 #[must_use]
 pub fn leaves(features: &HypervFeatures) -> Vec<kvm_cpuid_entry2> {
-    let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| kvm_cpuid_entry2 {
-        function,
-        eax,
-        ebx,
-        ecx,
-        edx,
-        ..Default::default()
-    };
     let mut vendor = [0; 3];
     for (word, bytes) in vendor.iter_mut().zip(features.vendor.as_bytes().chunks(4)) {
         *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
@@ -171,34 +164,34 @@ pub fn prepare(kvm: &Kvm, vcpu: &VcpuFd, features: &HypervFeatures) -> Result<()
 mod tests {
     use super::*;
 
-    fn leaf(features: &HypervFeatures, function: u32) -> kvm_cpuid_entry2 {
+    fn leaf_of(features: &HypervFeatures, function: u32) -> kvm_cpuid_entry2 {
         *leaves(features).iter().find(|entry| entry.function == function).unwrap()
     }
 
     #[test]
     fn the_leaves_follow_from_the_configuration_alone() {
         let all = HypervFeatures::default();
-        let vendor = leaf(&all, LEAF_VENDOR);
+        let vendor = leaf_of(&all, LEAF_VENDOR);
         assert_eq!((vendor.eax, vendor.ebx.to_le_bytes()), (0x4000_0005, *b"Micr"));
         assert_eq!((vendor.ecx.to_le_bytes(), vendor.edx.to_le_bytes()), (*b"osof", *b"t Hv"));
-        assert_eq!(leaf(&all, LEAF_INTERFACE).eax.to_le_bytes(), *b"Hv#1");
-        let features = leaf(&all, LEAF_FEATURES);
+        assert_eq!(leaf_of(&all, LEAF_INTERFACE).eax.to_le_bytes(), *b"Hv#1");
+        let features = leaf_of(&all, LEAF_FEATURES);
         assert_eq!(
             (features.eax, features.ebx, features.edx),
             (0x2aff, 0, 1 << 3 | 1 << 4 | 1 << 8 | 1 << 10 | 1 << 19)
         );
-        let hints = leaf(&all, LEAF_RECOMMENDATIONS);
+        let hints = leaf_of(&all, LEAF_RECOMMENDATIONS);
         assert_eq!((hints.eax, hints.ebx), (0xe2c, 0x1fff));
         let short = HypervFeatures { vendor: "Ab".into(), ..all.clone() };
-        assert_eq!((leaf(&short, LEAF_VENDOR).ebx, leaf(&short, LEAF_VENDOR).ecx), (0x6241, 0));
+        assert_eq!((leaf_of(&short, LEAF_VENDOR).ebx, leaf_of(&short, LEAF_VENDOR).ecx), (0x6241, 0));
     }
 
     #[test]
     fn what_is_turned_off_is_not_shown() {
         let all = HypervFeatures::default();
         let without = HypervFeatures { crash: false, spinlocks: false, tlbflush: false, ..all.clone() };
-        assert_eq!(leaf(&without, LEAF_FEATURES).edx, leaf(&all, LEAF_FEATURES).edx & !(1 << 10));
-        let hints = leaf(&without, LEAF_RECOMMENDATIONS);
+        assert_eq!(leaf_of(&without, LEAF_FEATURES).edx, leaf_of(&all, LEAF_FEATURES).edx & !(1 << 10));
+        let hints = leaf_of(&without, LEAF_RECOMMENDATIONS);
         assert_eq!((hints.eax & (1 << 2 | 1 << 11), hints.ebx), (1 << 11, u32::MAX), "IPIs need processor sets too");
     }
 }

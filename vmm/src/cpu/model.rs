@@ -4,6 +4,7 @@
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use rackvisor_api::config::CpuModelName;
 
+use super::cpuid::leaf;
 use super::features::{FEATURES, Group, Vendor};
 
 const LEAF_XSAVE: u32 = 0xd;
@@ -63,14 +64,6 @@ pub fn missing(supported: &[kvm_cpuid_entry2], name: CpuModelName, amd: bool) ->
 /// All leaves of the model but those of topology, in the place of `supported`, which must have its features.
 #[must_use]
 pub fn leaves(supported: &[kvm_cpuid_entry2], name: CpuModelName, amd: bool) -> Vec<kvm_cpuid_entry2> {
-    let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| kvm_cpuid_entry2 {
-        function,
-        eax,
-        ebx,
-        ecx,
-        edx,
-        ..Default::default()
-    };
     let vendor = find(supported, 0, 0).unwrap_or_default();
     let vendor = [vendor.ebx, vendor.ecx, vendor.edx];
     let last_extended = if amd { 0x8000_001e } else { 0x8000_0008 };
@@ -170,10 +163,10 @@ fn caches(amd: bool) -> Vec<kvm_cpuid_entry2> {
         kvm_cpuid_entry2 { eax: none, ebx: 0, ecx: 0, ..cache(4, none, 0, 1, 1) },
     ];
     if amd {
-        let leaf = |function, ecx, edx| kvm_cpuid_entry2 { function, ecx, edx, ..Default::default() };
+        let level = |function, ecx, edx| leaf(function, [0, 0, ecx, edx]);
         // KiB, ways and line size of the first level; KiB of the second, units of 512 KiB of the third, ways in a code of 4 bits.
-        leaves.push(leaf(0x8000_0005, 32 << 24 | 8 << 16 | 1 << 8 | 64, 32 << 24 | 8 << 16 | 1 << 8 | 64));
-        leaves.push(leaf(0x8000_0006, 512 << 16 | 6 << 12 | 1 << 8 | 64, 32 << 18 | 8 << 12 | 1 << 8 | 64));
+        leaves.push(level(0x8000_0005, 32 << 24 | 8 << 16 | 1 << 8 | 64, 32 << 24 | 8 << 16 | 1 << 8 | 64));
+        leaves.push(level(0x8000_0006, 512 << 16 | 6 << 12 | 1 << 8 | 64, 32 << 18 | 8 << 12 | 1 << 8 | 64));
     }
     leaves
 }
