@@ -42,7 +42,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// How frames are gathered. TCP follows the way that frames take by much more than chance, hence the gain. A worker that waits
 /// until the vCPU where it is woken has finished makes fewer interrupts of as many frames, also where no more can come.
-pub(super) const TUNING: Tuning = Tuning { longest: Duration::from_millis(2), episode: 512, gain: 1.3, first: 1 };
+pub(super) const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 512, gain: 1.3, first: 1 };
 
 /// What the device tells a worker.
 pub(super) enum Message {
