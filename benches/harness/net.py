@@ -73,7 +73,10 @@ class Traffic:
 
     def result(self, said):
         """What came through, and the share of datagrams that did not."""
-        return json.loads(said)["end"]["sum_received"]["bits_per_second"] / 1e6, None
+        said = json.loads(said)
+        if "sum_received" not in said["end"]:
+            raise Silent(f"iperf3 measured nothing: {said.get('error', 'and does not say why')}")
+        return said["end"]["sum_received"]["bits_per_second"] / 1e6, None
 
 
 @dataclass(frozen=True)

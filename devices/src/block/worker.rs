@@ -29,7 +29,8 @@ use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{GuestMemory, interrupt::QueueInterrupt};
 
 /// How requests are gathered.
-const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1, first: 0 };
+const TUNING: Tuning =
+    Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1, first: 0, large: f64::INFINITY };
 
 /// What the owner of a worker asks of it.
 pub(super) enum Command {

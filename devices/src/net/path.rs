@@ -245,10 +245,9 @@ impl Path {
     }
 
     /// Has the kernel's interrupts come to the worker alone.
-    pub(super) fn detach_call(&self) {
-        if let Some(rx) = &self.rx {
-            rx.lane.interrupt.detach();
-        }
+    pub(super) fn detach_calls(&self) {
+        let lanes = self.rx.iter().map(|rx| &rx.lane).chain(self.tx.iter().map(|tx| &tx.lane));
+        lanes.for_each(|lane| lane.interrupt.detach());
     }
 
     /// Interrupts the driver where the kernel wants it, and could not do so itself.

@@ -1,8 +1,8 @@
 //! The kernel's data path: vhost-net, which moves frames between the rings of a pair and its queue of the tap by itself.
 //!
-//! Kicks reach the kernel directly. So do interrupts for what was received the driver, as long as their vector is unmasked; else
-//! they come by the same eventfd to the pair's worker, which passes them on to the vector. Those for what was sent always go
-//! that way: nobody waits for them, and those that come while the worker waits for others to finish are one.
+//! Kicks reach the kernel directly, and interrupts the driver as long as their vector is unmasked; else they come by the same
+//! eventfd to the pair's worker, which passes them on to the vector. Those for what was sent are no exception: a TCP stream
+//! waits for them (Linux' small queues).
 #![allow(unsafe_code)] // The kernel gets addresses of guest RAM, which has to outlive their use.
 
 mod sys;
@@ -90,8 +90,7 @@ impl Vhost {
         });
         match &started {
             Ok(()) => {
-                let ([rx, _], [call, _]) = (lanes, &self.calls);
-                rx.interrupt.attach(call);
+                lanes.into_iter().zip(&self.calls).for_each(|(lane, call)| lane.interrupt.attach(call));
             }
             Err(_) => {
                 let _ = self.stop();

@@ -6,7 +6,8 @@
 //!   the vCPU whose driver just kicked for the first of many requests. Without, it runs when that vCPU halts or its slice ends.
 //! - To ask the driver to kick only when some requests are available, and to wait for them a bounded time.
 //!
-//! Both make a lone request wait, so neither is for a driver that waits for each (depth 1), or where they gain nothing. Which
+//! Both make a lone request wait, so neither is for a driver that waits for each (depth 1), where requests are so large that
+//! what comes with each is little beside their work ([`Tuning::large`]), or where they gain nothing. Which
 //! is best cannot be known beforehand: from time to time the neighbours of the present [level](LEVELS) are tried for some
 //! hundred requests, and the one stays with which most come through.
 
@@ -25,6 +26,8 @@ pub(crate) struct Tuning {
     pub gain: f64,
     /// The level to begin with, and to go back to where nothing is gained.
     pub first: usize,
+    /// The work of a request, on average, from which on each is taken as soon as it is there; it ends at a quarter of that.
+    pub large: f64,
 }
 
 /// How a worker takes requests.
@@ -60,6 +63,8 @@ const SMALL: u32 = 4;
 const NEW: f64 = 0.5;
 /// Less than this of what came through when something was tried last, and the next try need not wait.
 const WORSE: f64 = 0.7;
+/// Requests over which their average work is taken.
+const REMEMBERED: f64 = 64.0;
 /// Episodes between two tries: twice as many each time, as long as they fail.
 const SOONEST: u32 = 4;
 const LATEST: u32 = 256;
@@ -99,6 +104,9 @@ pub(crate) struct Moderation {
     requests: u32,
     work: u64,
     batches: u32,
+    /// The work of a request, on average, and whether that is much.
+    size: f64,
+    large: bool,
     /// Waits for more than the driver had, though it had nothing else to wait for.
     vain: u32,
     /// Episodes until the next try.
@@ -121,6 +129,8 @@ impl Moderation {
             requests: 0,
             work: 0,
             batches: 0,
+            size: 0.0,
+            large: false,
             vain: 0,
             left: 1,
             backoff: SOONEST,
@@ -145,7 +155,7 @@ impl Moderation {
     }
 
     fn index(&self) -> usize {
-        self.tried.unwrap_or(self.home)
+        if self.large { 0 } else { self.tried.unwrap_or(self.home) }
     }
 
     fn rate(&self, level: usize) -> Rate {
@@ -184,6 +194,11 @@ impl Moderation {
             *self = Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(self.tuning, now) };
         }
         self.last = now;
+        if self.is_large(taken) {
+            (self.tried, self.until) = (None, None);
+            self.begin(now);
+            return;
+        }
         self.requests = self.requests.saturating_add(taken.count);
         self.work = self.work.saturating_add(taken.work);
         self.batches += 1;
@@ -202,6 +217,14 @@ impl Moderation {
         }
         let goal = self.level().goal;
         self.until = (goal > 1).then(|| now + self.pause(goal));
+    }
+
+    /// Whether requests are large, as far as these tell.
+    fn is_large(&mut self, taken: Taken) -> bool {
+        let count = f64::from(taken.count.max(1));
+        self.size += (taken.work as f64 / count - self.size) * (count / REMEMBERED).min(1.0);
+        self.large = self.size > if self.large { self.tuning.large / 4.0 } else { self.tuning.large };
+        self.large
     }
 
     /// What is tried does not suit the driver; if nothing was, the present level does not any more.
@@ -250,8 +273,9 @@ impl Moderation {
             let step = STEPS.get(self.step).copied().unwrap_or(1);
             self.step = (self.step + 1) % STEPS.len();
             let next = self.home.checked_add_signed(step).filter(|next| *next < LEVELS.len());
+            // Greater batches than that have nothing to gain upwards.
             if let Some(next) = next
-                && (small || self.home > self.tuning.first)
+                && (small || self.home > self.tuning.first || next < self.home)
             {
                 self.tried = Some(next);
                 return;
@@ -280,7 +304,8 @@ impl Moderation {
 mod tests {
     use super::*;
 
-    const TUNING: Tuning = Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1, first: 0 };
+    const TUNING: Tuning =
+        Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1, first: 0, large: 1000.0 };
 
     /// A driver with requests outstanding, and a worker.
     struct Model {
@@ -294,6 +319,8 @@ mod tests {
         depth: u32,
         /// Whether the worker runs beside the driver: then politeness is for nothing.
         beside: bool,
+        /// The work of a request.
+        work: u64,
         /// Requests taken with another level than the first, and all.
         moderated: u32,
         total: u32,
@@ -303,7 +330,7 @@ mod tests {
         fn new(request: u32, change: u32, others: u32, depth: u32) -> Self {
             let (now, beside) = (Instant::now(), false);
             let moderation = Moderation::new(TUNING, now);
-            Self { moderation, now, request, change, others, depth, beside, moderated: 0, total: 0 }
+            Self { moderation, now, request, change, others, depth, beside, work: 1, moderated: 0, total: 0 }
         }
 
         /// One batch; gives how many came.
@@ -322,7 +349,7 @@ mod tests {
                 self.now += rest;
             }
             self.now += Duration::from_micros(u64::from(self.change));
-            self.moderation.taken(Taken { count: came, work: came.into() }, self.now);
+            self.moderation.taken(Taken { count: came, work: u64::from(came) * self.work }, self.now);
             self.total += came;
             self.moderated += if level == LEVELS[0] { 0 } else { came };
             came
@@ -394,6 +421,21 @@ mod tests {
             model.run(20_000);
             assert_eq!(LEVELS[model.moderation.home].polite, polite, "{:?}", model.moderation);
         }
+    }
+
+    #[test]
+    fn large_requests_are_taken_at_once_whatever_would_gain_and_small_ones_after_them_are_not() {
+        let mut model = Model::new(100, 400, 0, 32);
+        while model.moderation.level() == LEVELS[0] {
+            model.run(1);
+        }
+        model.work = 2000;
+        model.run(200);
+        model.run(2000);
+        assert_eq!(model.moderated, 0);
+        model.work = 1;
+        model.run(4000);
+        assert!(model.moderation.is_on(), "{:?}", model.moderation);
     }
 
     #[test]

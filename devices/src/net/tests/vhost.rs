@@ -53,9 +53,11 @@ impl Card {
     /// One frame each way, with interrupts.
     fn passes(&mut self, wire: &Wire, seed: u8) {
         let out = ethernet(true, 100 + usize::from(seed), seed);
+        self.driver.ring(TX).want_interrupts(true);
         self.send(&out);
         assert_eq!(wire.receive(), out);
         self.used(TX);
+        assert!(self.driver.ring(TX).wait_interrupt(SOON), "the driver is interrupted for what was sent");
         let addresses = self.give_many(3, 600);
         // As drivers do: what was used before the wish was seen gives no interrupt.
         let ring = self.driver.ring(RX);

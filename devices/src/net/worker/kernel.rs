@@ -46,7 +46,7 @@ impl Worker {
         }
         let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
         let stopped = vhost.stop();
-        running.path.detach_call();
+        running.path.detach_calls();
         running.pace = Pace::begin(TUNING);
         running.path.pass_calls_on(vhost, counters);
         if let Err(error) = stopped {
