@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Window, chipset, generation, tpm};
+use super::{AcpiConfig, GenerationPage, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Window, chipset, generation, tpm};
 use crate::chipset::watchdog::{WATCHDOG_BASE, WATCHDOG_LENGTH};
 
 /// Processors that three hexadecimal digits of a name can tell apart.
@@ -22,8 +22,10 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     if config.tpm {
         tpm::device().to_aml_bytes(&mut code);
     }
-    if let Some(address) = config.generation_id {
-        generation::device(address).to_aml_bytes(&mut code);
+    match &config.generation_id {
+        Some(GenerationPage::At(page)) => generation::device(*page).to_aml_bytes(&mut code),
+        Some(GenerationPage::Content(_)) => generation::device(0).to_aml_bytes(&mut code),
+        None => {}
     }
     // Sleep type of PM1a and PM1b, two reserved.
     Name::new("_S5_".into(), &Package::new(vec![&S5, &S5, &ZERO, &ZERO])).to_aml_bytes(&mut code);

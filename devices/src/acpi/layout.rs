@@ -5,9 +5,9 @@ use super::{AcpiError, AcpiTables};
 /// One table. Addresses and checksums in it are zero.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
-    /// Its signature; `"RSDP"` for the root pointer.
+    /// Its signature; `"RSDP"` for the root pointer, `"VGEN"` for the page with the generation ID.
     pub name: &'static str,
-    /// What its address must be a multiple of: a power of two, at most 64.
+    /// What its address must be a multiple of: a power of two, at most 64, or 4096 for a page.
     pub alignment: u64,
     /// Its bytes.
     pub data: Vec<u8>,

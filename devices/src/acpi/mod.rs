@@ -16,6 +16,7 @@ mod wdat;
 use thiserror::Error;
 
 pub use layout::{Checksum, Placed, Pointer, Table};
+pub use loader::PAGE_ADDRESS;
 pub use numa::Node;
 
 use crate::chipset;
@@ -24,6 +25,9 @@ use crate::chipset;
 const OEM_ID: [u8; 6] = *b"RACKVM";
 const OEM_TABLE_ID: [u8; 8] = *b"RACKVISR";
 const OEM_REVISION: u32 = 1;
+
+/// The name among the tables of the page with the generation ID, which is none.
+const GENERATION_PAGE: &str = "VGEN";
 
 /// The highest local APIC ID that an 8-bit MADT entry holds; 255 means all.
 const LAST_XAPIC_ID: u32 = 254;
@@ -52,6 +56,15 @@ impl Ecam {
     }
 }
 
+/// The page with the generation ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GenerationPage {
+    /// It lies at this address.
+    At(u32),
+    /// This is it, and it comes to lie with the tables.
+    Content(Vec<u8>),
+}
+
 /// What the tables are built from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcpiConfig {
@@ -75,8 +88,8 @@ pub struct AcpiConfig {
     pub ioapic_id: u8,
     /// Whether there is a TPM ([`crate::tpm`]).
     pub tpm: bool,
-    /// Where the generation ID lies ([`crate::generation`]), if there is one.
-    pub generation_id: Option<u64>,
+    /// The page with the generation ID ([`crate::generation`]), if there is one.
+    pub generation_id: Option<GenerationPage>,
     /// The NUMA nodes. None: nothing is said about them.
     pub numa: Vec<Node>,
 }
@@ -157,7 +170,7 @@ pub struct AcpiTables {
 }
 
 impl AcpiTables {
-    /// The tables for `config`: RSDP first, then FACS, DSDT, FADT, MADT, MCFG, WAET, then WDAT, TPM2, SRAT and SLIT where there
+    /// The tables for `config`: RSDP first, then FACS, DSDT, the page with the generation ID if it is among them, FADT, MADT, MCFG, WAET, then WDAT, TPM2, SRAT and SLIT where there
     /// is something for them to say, XSDT.
     ///
     /// # Errors
@@ -167,7 +180,15 @@ impl AcpiTables {
         let mut set = layout::Builder::default();
         let rsdp = set.add("RSDP", 16, fixed::rsdp());
         let facs = set.add("FACS", 64, fixed::facs());
-        let dsdt = set.add_checked("DSDT", aml::dsdt(config));
+        let code = aml::dsdt(config);
+        let dsdt_pointer = generation::page_pointer(&code);
+        let dsdt = set.add_checked("DSDT", code);
+        if let Some(GenerationPage::Content(page)) = &config.generation_id
+            && let Some(pointer) = dsdt_pointer
+        {
+            let page = set.add(GENERATION_PAGE, crate::generation::PAGE as u64, page.clone());
+            set.point(dsdt, pointer, 4, page);
+        }
         let fadt = set.add_checked("FACP", fixed::fadt(config));
         set.point(fadt, fixed::FADT_FIRMWARE_CTRL, 4, facs);
         set.point(fadt, fixed::FADT_DSDT, 4, dsdt);

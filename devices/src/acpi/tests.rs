@@ -307,7 +307,8 @@ fn iasl_disassembles_every_table_and_compiles_it_again_without_error_or_warning(
         return;
     }
     let without = AcpiConfig { serial: false, mmio64: None, ..config(1) };
-    let full = AcpiConfig { tpm: true, generation_id: Some(0xf_f028), numa: two_nodes(), ..config(2) };
+    let full =
+        AcpiConfig { tpm: true, generation_id: Some(GenerationPage::At(0xf_f000)), numa: two_nodes(), ..config(2) };
     for (config, name) in [(config(1), "one"), (config(300), "many"), (without, "bare"), (full, "full")] {
         let folder = std::env::temp_dir().join(format!("rackvisor-acpi-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
@@ -336,14 +337,22 @@ fn iasl_disassembles_every_table_and_compiles_it_again_without_error_or_warning(
     }
 }
 
-/// Does what firmware does with the files of the table loader; gives the RSDP and the other tables at their places.
-fn load(tables: &AcpiTables, places: [u64; 2]) -> [Vec<u8>; 2] {
-    let [loader, rsdp, others] = tables.files();
-    let names = [rsdp.name, others.name];
-    let mut files = [rsdp.data.to_vec(), others.data.to_vec()];
+/// Does what firmware does with the files of the table loader; gives the RSDP and the other files at their places, and what it writes.
+fn load(tables: &AcpiTables, places: &[u64]) -> (Vec<Vec<u8>>, Vec<(String, u64)>) {
+    let given = tables.files();
+    let (loader, given) = given.split_first().unwrap();
+    let names: Vec<_> = given.iter().map(|file| file.name).collect();
+    let mut files: Vec<_> = given.iter().map(|file| file.data.to_vec()).collect();
+    let mut written = Vec::new();
     let index = |name: &[u8]| names.iter().position(|n| name.starts_with(format!("{n}\0").as_bytes())).unwrap();
     let mut allocated = Vec::new();
     for command in loader.data.chunks(128) {
+        if u32_at(command, 0) == 4 {
+            let name = String::from_utf8(command[4..60].to_vec()).unwrap();
+            assert_eq!((u32_at(command, 116), u32_at(command, 120), command[124]), (0, 0, 8));
+            written.push((name.trim_end_matches('\0').to_owned(), places[index(&command[60..116])]));
+            continue;
+        }
         let first = index(&command[4..60]);
         match u32_at(command, 0) {
             1 => {
@@ -364,8 +373,9 @@ fn load(tables: &AcpiTables, places: [u64; 2]) -> [Vec<u8>; 2] {
             other => panic!("command {other}"),
         }
     }
-    assert_eq!(allocated, [(0, 2), (1, 1)], "the RSDP where a BIOS looks for it, the others below 4 GiB");
-    files
+    let wanted = [(0, 2), (1, 1), (2, 1)];
+    assert_eq!(allocated, wanted[..files.len()], "the RSDP where a BIOS looks for it, the others below 4 GiB");
+    (files, written)
 }
 
 #[test]
@@ -374,10 +384,24 @@ fn firmware_that_loads_the_files_gets_the_tables_that_a_direct_boot_has() {
         let tables = AcpiTables::build(&config(processors)).unwrap();
         let placed = tables.place(0xf0000).unwrap();
         // The file of the others begins with the FACS, which a direct boot has 64 bytes behind the RSDP.
-        let [rsdp, others] = load(&tables, [0xf0000, 0xf0040]);
-        assert_eq!(rsdp, placed.image[..36]);
-        assert!(others == placed.image[64..], "{processors}");
+        let (files, written) = load(&tables, &[0xf0000, 0xf0040]);
+        assert_eq!((files.len(), written.len()), (2, 0));
+        assert_eq!(files[0], placed.image[..36]);
+        assert!(files[1] == placed.image[64..], "{processors}");
     }
+}
+
+#[test]
+fn firmware_places_the_page_with_the_generation_id_by_itself_and_tells_where() {
+    let page: Vec<u8> = (0..4096).map(|at| if at == 0x28 { 7 } else { 0 }).collect();
+    let with = |page| AcpiTables::build(&AcpiConfig { generation_id: Some(page), ..config(2) }).unwrap();
+    let (files, written) = load(&with(GenerationPage::Content(page.clone())), &[0xf0000, 0xf0040, 0x7e12_3000]);
+    assert_eq!(files[2], page);
+    assert_eq!(written, [(PAGE_ADDRESS.to_owned(), 0x7e12_3000)]);
+    // The tables are those for a page at that place.
+    let placed = with(GenerationPage::At(0x7e12_3000)).place(0xf0000).unwrap();
+    assert_eq!(files[0], placed.image[..36]);
+    assert!(files[1] == placed.image[64..]);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! | 0x511 | data | the next bytes of the item; zero beyond its end |
 //! | 0x514 | DMA address | 64 bits, big-endian in two halves; the write of the second starts the transfer |
 //!
-//! Items are read only. Files are items with a name; the directory lists them. Files that describe what the firmware has set
+//! Items are read only, but for one that firmware answers by. Files are items with a name; the directory lists them. Files that describe what the firmware has set
 //! up itself come from a source. It is asked whenever the first of them, the one with which firmware begins, is selected:
 //! edk2 has the BARs decoded just then, and not when it reads the directory before and the other files after (EnablePciDecoding()
 //! of OvmfPkg/AcpiPlatformDxe).
@@ -83,7 +83,17 @@ impl FwCfgFile {
 /// Makes files from how things are now: always the same names in the same order, and the same size of the first.
 pub type FileSource = Box<dyn Fn() -> Result<Vec<FwCfgFile>, AcpiError> + Send + Sync>;
 
+/// A file that the firmware writes an address to: where it has put another file.
+pub struct AddressFile {
+    /// Its name.
+    pub name: &'static str,
+    /// Is told the address, which may be anything. Called on a vCPU thread: must not block.
+    pub take: Box<dyn Fn(u64) + Send + Sync>,
+}
+
+#[derive(Default)]
 struct State {
+    selector: u16,
     item: Arc<[u8]>,
     offset: usize,
     /// The upper half of the DMA address.
@@ -98,6 +108,8 @@ pub struct FwCfg {
     cpus: u16,
     fixed: Vec<FwCfgFile>,
     source: FileSource,
+    /// The last of the fixed files, if it is written to.
+    address: Option<AddressFile>,
     state: Mutex<State>,
 }
 
@@ -105,14 +117,21 @@ impl FwCfg {
     /// fw_cfg for a machine with `cpus` vCPUs, with `files` and those of `source`.
     #[must_use]
     pub fn new(memory: GuestMemory, cpus: u16, files: Vec<FwCfgFile>, source: FileSource) -> Self {
-        let state = State { item: Arc::default(), offset: 0, dma_high: 0, files: Vec::new() };
-        Self { memory, cpus, fixed: files, source, state: Mutex::new(state) }
+        Self { memory, cpus, fixed: files, source, address: None, state: Mutex::default() }
+    }
+
+    /// The same with a file that the firmware writes.
+    #[must_use]
+    pub fn with_address(mut self, file: AddressFile) -> Self {
+        self.fixed.push(FwCfgFile::new(file.name, vec![0; size_of::<u64>()]));
+        self.address = Some(file);
+        self
     }
 
     /// Back to power-on.
     pub fn reset(&self) {
         let mut state = self.lock();
-        *state = State { item: Arc::default(), offset: 0, dma_high: 0, files: Vec::new() };
+        *state = State::default();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -126,6 +145,7 @@ impl FwCfg {
             self.make_files(state);
         }
         state.offset = 0;
+        state.selector = selector;
         state.item = match selector {
             key::SIGNATURE => Arc::from(*b"QEMU"),
             key::ID => Arc::from(FEATURES.to_le_bytes()),
@@ -166,7 +186,7 @@ impl FwCfg {
         let done = match control & (command::READ | command::WRITE | command::SKIP) {
             0 => true,
             bits if bits & command::READ != 0 => state.read_to(&memory, u64::from_be_bytes(to), length),
-            bits if bits & command::WRITE != 0 => false,
+            bits if bits & command::WRITE != 0 => self.written(state, &memory, u64::from_be_bytes(to), length),
             _ => {
                 state.offset = state.offset.saturating_add(length);
                 true
@@ -175,6 +195,22 @@ impl FwCfg {
         let answer = if done { 0 } else { command::ERROR };
         // It was read from there just now.
         let _ = memory.write_slice(&answer.to_be_bytes(), GuestAddress(address));
+    }
+}
+
+impl FwCfg {
+    /// The firmware writes `length` bytes at `address` to what is selected; says whether that is possible: the file for an
+    /// address as a whole.
+    fn written(&self, state: &State, memory: &GuestMemoryMmap, address: u64, length: usize) -> bool {
+        let index = usize::from(state.selector).checked_sub(usize::from(key::FIRST_FILE));
+        let is_last = index.is_some() && index == self.fixed.len().checked_sub(1);
+        let Some(file) = self.address.as_ref().filter(|_| is_last && state.offset == 0) else { return false };
+        let mut value = [0; size_of::<u64>()];
+        if length != value.len() || memory.read_slice(&mut value, GuestAddress(address)).is_err() {
+            return false;
+        }
+        (file.take)(u64::from_le_bytes(value));
+        true
     }
 }
 

@@ -49,10 +49,21 @@ use crate::{DeviceNotifier, ThreadSpawner};
 pub const BASE: u64 = 0xfed4_0000;
 /// Bytes of the registers: one locality.
 pub const LENGTH: u64 = 0x1000;
-/// Guest-physical address of the physical presence memory ([`Ppi`]); firmware is told it in fw_cfg's `etc/tpm/config`.
+/// Guest-physical address of the physical presence memory ([`Ppi`]).
 pub const PPI_BASE: u64 = 0xfed4_5000;
 /// Bytes of the physical presence memory.
 pub const PPI_LENGTH: u64 = 0x400;
+/// What firmware is told of it in fw_cfg's `etc/tpm/config` (QEMU docs/specs/tpm.rst): where the physical presence memory is, that this
+/// is a TPM 2.0, and that the memory is laid out by version 1.30 of the interface.
+#[must_use]
+pub fn firmware_config() -> Vec<u8> {
+    const TPM_2_0: u8 = 2;
+    const PPI_1_30: u8 = 1;
+    let mut config = (PPI_BASE as u32).to_le_bytes().to_vec();
+    config.extend([TPM_2_0, PPI_1_30]);
+    config
+}
+
 /// Offset of the control area in the registers: what the TPM2 table points at.
 pub(crate) const CONTROL_AREA: u64 = 0x40;
 

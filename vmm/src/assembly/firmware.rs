@@ -5,12 +5,15 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use rackvisor_api::config::{FirmwareConfig, VmConfig, boot_order, slot_assignment};
 use rackvisor_devices::GuestMemory;
+use rackvisor_devices::acpi::PAGE_ADDRESS;
 use rackvisor_devices::bus::Bus;
 use rackvisor_devices::chipset::DebugSink;
 use rackvisor_devices::firmware::fw_cfg::{FW_CFG_BASE, FW_CFG_LENGTH};
 use rackvisor_devices::firmware::{
-    self, BootDevice, FileStore, FirmwareError, FirmwareImages, Flash, FlashMapping, FwCfg, FwCfgFile,
+    self, AddressFile, BootDevice, FileStore, FirmwareError, FirmwareImages, Flash, FlashMapping, FwCfg, FwCfgFile,
 };
+use rackvisor_devices::generation::GenerationId;
+use rackvisor_devices::tpm;
 
 use super::{AssemblyError, Host, tables};
 use crate::kvm::rom::{Bank, KvmRom};
@@ -38,6 +41,8 @@ pub struct Board<'a> {
     pub mmio: &'a Bus,
     /// What ACPI tables follow from.
     pub tables: tables::Platform,
+    /// The generation ID, which the firmware places.
+    pub generation: Option<Arc<GenerationId>>,
 }
 
 impl Firmware {
@@ -61,7 +66,11 @@ impl Firmware {
         let flash = Flash::new(images.vars, Box::new(vars), store, &*host.spawner, Arc::clone(&host.notifier));
         let flash = Arc::new(flash.map_err(FirmwareError::Start)?);
         let source = Box::new(move || board.tables.files());
-        let fw_cfg = FwCfg::new(board.memory, u16::from(config.cpus.count), files(config)?, source);
+        let mut fw_cfg = FwCfg::new(board.memory, u16::from(config.cpus.count), files(config)?, source);
+        if let Some(generation) = board.generation {
+            let take = Box::new(move |page| generation.placed(page));
+            fw_cfg = fw_cfg.with_address(AddressFile { name: PAGE_ADDRESS, take });
+        }
         let fw_cfg = Arc::new(fw_cfg);
         board.mmio.insert(vars_base, flash.size(), Arc::clone(&flash) as _).map_err(|e| failed(&e))?;
         let conflict = |e| AssemblyError::host("fw_cfg")(&e);
@@ -85,6 +94,9 @@ fn files(config: &VmConfig) -> Result<Vec<FwCfgFile>, AssemblyError> {
         FwCfgFile::new("etc/smbios/smbios-anchor", smbios.entry_point(0).to_vec()),
         FwCfgFile::new("etc/smbios/smbios-tables", smbios.tables),
     ];
+    if config.tpm.is_some() {
+        files.push(FwCfgFile::new("etc/tpm/config", tpm::firmware_config()));
+    }
     let slots = slot_assignment(config).map_err(AssemblyError::Config)?;
     let slot = |id: &str| slots.iter().find(|(other, _)| other == id).map(|(_, slot)| *slot);
     let device = |id: &str| {

@@ -95,7 +95,8 @@ pub fn build(
     }
     let generation = config.generation_id.map(|id| {
         let power = Arc::clone(&chipset.power);
-        Arc::new(GenerationId::new(layout::GENERATION_ID, id.memory(), memory, power))
+        let page = (!by_firmware).then_some(u64::from(layout::GENERATION_PAGE));
+        Arc::new(GenerationId::new(page, id.memory(), memory, power))
     });
     if let Some(tpm) = &tpm {
         mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _).map_err(conflict)?;
@@ -106,7 +107,7 @@ pub fn build(
         watchdog: chipset.watchdog.is_some(),
         tpm: tpm.is_some(),
         numa: numa::nodes(config, apic_ids),
-        generation_id: generation.as_ref().map(|id| id.address()),
+        generation: generation.clone(),
     };
     let timer =
         RtcTimer::start(&chipset.rtc, &*host.spawner).map_err(|e| AssemblyError::host("thread of the clock")(&e))?;
@@ -205,12 +206,13 @@ impl Platform {
     ) -> Result<(), AssemblyError> {
         let Some(wanted) = config.boot.as_ref().and_then(|boot| boot.firmware.as_ref()) else { return Ok(()) };
         let tables = self.tables(apic_ids, true);
-        let board = Board { vm, memory, pio: &self.pio, mmio: &self.mmio, tables };
+        let generation = self.generation.clone();
+        let board = Board { vm, memory, pio: &self.pio, mmio: &self.mmio, tables, generation };
         self.firmware = Some(Firmware::attach(wanted, config, host, board)?);
         Ok(())
     }
 
-    /// Writes the generation ID where the tables point.
+    /// Writes the generation ID where the tables of a direct boot point.
     ///
     /// # Errors
     /// [`AssemblyError::Host`] if there is no RAM.

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use rackvisor_api::config::VmConfig;
-use rackvisor_devices::acpi::{AcpiConfig, AcpiError, AcpiTables, Ecam, Node, Window};
+use rackvisor_devices::acpi::{AcpiConfig, AcpiError, AcpiTables, Ecam, GenerationPage, Node, Window};
 use rackvisor_devices::firmware::FwCfgFile;
+use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::pci::bridge::HostBridge;
 use rackvisor_devices::pci::{BarKind, Root, SLOT_COUNT};
 use rackvisor_devices::smbios::{Processors, Smbios, SmbiosInfo};
@@ -32,8 +33,8 @@ pub struct Facts {
     pub tpm: bool,
     /// vCPUs and memory by node; empty: nothing is said of nodes.
     pub numa: Vec<Node>,
-    /// Where the generation ID lies.
-    pub generation_id: Option<u64>,
+    /// The generation ID.
+    pub generation: Option<Arc<GenerationId>>,
 }
 
 /// What ACPI tables follow from.
@@ -74,7 +75,10 @@ impl Platform {
             watchdog: self.facts.watchdog,
             tpm: self.facts.tpm,
             numa: self.facts.numa.clone(),
-            generation_id: self.facts.generation_id,
+            generation_id: self.facts.generation.as_ref().map(|id| match &self.root {
+                None => GenerationPage::At(layout::GENERATION_PAGE),
+                Some(_) => GenerationPage::Content(id.page()),
+            }),
             ioapic: layout::IOAPIC,
             ioapic_id: 0,
         }

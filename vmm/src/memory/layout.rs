@@ -17,9 +17,8 @@ pub const SMBIOS: u64 = 0xf_0000;
 pub const SMBIOS_TABLES: u64 = SMBIOS + 0x20;
 /// End of all tables of the direct boot at the latest.
 pub const TABLES_END: u64 = 0xf_f000;
-/// Where the generation ID lies: in the last page of the BIOS area, apart from the tables, behind room for a header that
-/// firmware might look for.
-pub const GENERATION_ID: u64 = TABLES_END + 0x28;
+/// Where the page with the generation ID lies in a direct boot: the last one of the BIOS area, apart from the tables.
+pub const GENERATION_PAGE: u32 = TABLES_END as u32;
 /// End of the BIOS area.
 pub const BIOS_END: u64 = MIB;
 /// Start of extended memory.

@@ -11,6 +11,8 @@ struct Bench {
     device: FwCfg,
     memory: GuestMemory,
     built: Arc<AtomicU8>,
+    /// What was written to the file for an address.
+    addresses: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Bench {
@@ -30,7 +32,12 @@ impl Bench {
             ])
         };
         let files = vec![FwCfgFile::new("etc/fixed", b"content".to_vec())];
-        Self { device: FwCfg::new(memory.clone(), 3, files, Box::new(source)), memory, built }
+        let addresses = Arc::<Mutex<Vec<u64>>>::default();
+        let told = Arc::clone(&addresses);
+        let take = move |address| told.lock().unwrap().push(address);
+        let device = FwCfg::new(memory.clone(), 3, files, Box::new(source));
+        let device = device.with_address(AddressFile { name: "etc/address", take: Box::new(take) });
+        Self { device, memory, built, addresses }
     }
 
     fn select(&self, key: u16) {
@@ -127,6 +134,25 @@ fn dma_selects_skips_reads_and_answers_with_zero() {
     assert_eq!(bench.ram(0x3000, 6), b"tent\0\0");
     assert_eq!(bench.dma(select, 0, 0), 0);
     assert_eq!(bench.bytes(3), b"con");
+}
+
+#[test]
+fn the_firmware_answers_with_an_address_as_a_whole() {
+    let bench = Bench::new();
+    let (key, size) = bench.find("etc/address");
+    assert_eq!((key, size), (0x21, 8));
+    let write = u32::from(key) << 16 | command::SELECT | command::WRITE;
+    bench.memory.memory().write_obj(0x1234_5678_9abc_u64.to_le_bytes(), GuestAddress(0x2000)).unwrap();
+    for (control, length, address) in
+        [(write, 4, 0x2000), (write, 9, 0x2000), (write, 8, RAM - 7), (write - (1 << 16), 8, 0)]
+    {
+        assert_eq!(bench.dma(control, length, address), command::ERROR, "{control:#x} {length} {address:#x}");
+    }
+    assert_eq!(bench.dma(write - command::WRITE | command::SKIP, 1, 0), 0);
+    assert_eq!(bench.dma(command::WRITE, 8, 0x2000), command::ERROR, "not from its second byte on");
+    assert_eq!(*bench.addresses.lock().unwrap(), [0; 0]);
+    assert_eq!(bench.dma(write, 8, 0x2000), 0);
+    assert_eq!(*bench.addresses.lock().unwrap(), [0x1234_5678_9abc]);
 }
 
 #[test]
