@@ -1,7 +1,7 @@
 # The everyday commands. Each does its own set-up: as root on Debian nothing but Rust must be there before.
 CARGO ?= cargo
 
-.PHONY: help demo test lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path static
+.PHONY: help demo test lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path bench-uefi static
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -22,6 +22,9 @@ clippy:
 
 docs:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked
+
+bench-uefi: ## time to GRUB by UEFI firmware, beside QEMU
+	@benches/uefi
 
 # The C library is Debian's (libc.a of libc6-dev): no other toolchain is needed. Dependencies that run at build time stay dynamic, for
 # which the target has to be named.

@@ -17,7 +17,10 @@ MAC = "52:54:00:00:00:01"
 class Guest:
     """A kernel, an initrd, perhaps a disk and a tap: the same for every machine."""
 
-    def __init__(self, kernel, initrd, disk, mode, tap=None, cmdline="", ram_mib=RAM_MIB, memory=None, cpus=1, queues=1, pairs=1):
+    def __init__(self, kernel, initrd, disk, mode, tap=None, cmdline="", ram_mib=RAM_MIB, memory=None, cpus=1, queues=1, pairs=1, firmware=None, tpm=None):
+        # code and variables of the firmware that starts the disk, instead of kernel and initrd; and the socket of a swtpm
+        self.firmware = firmware
+        self.tpm = tpm
         self.kernel = kernel
         self.initrd = initrd
         # None where a NIC is what is measured, and only machines for that are run
@@ -54,6 +57,12 @@ class Rackvisor:
         }
         if guest.disk:
             config["disks"] = [{"id": "disk0", "path": guest.disk, "queues": guest.queues}]
+        if guest.firmware:
+            code, variables = guest.firmware
+            config["boot"] = {"firmware": {"code": code, "vars": variables}}
+            config["disks"][0]["boot_index"] = 1
+        if guest.tpm:
+            config["tpm"] = {"socket": guest.tpm}
         if guest.tap:
             config["nics"] = [{"id": "net0", "tap": guest.tap, "mac": MAC, "queues": guest.pairs, **self.nic}]
         path = write(folder, "rackvisor.json", config)
@@ -123,6 +132,29 @@ class QemuQ35:
             # a vector for each queue, one for commands and one for changes of the configuration
             pairs = f",mq=on,vectors={2 * guest.pairs + 2}" if guest.pairs > 1 else ""
             command += ["-device", f"virtio-net-pci,netdev=net0,mac={MAC}{pairs}"]
+        return command
+
+
+class QemuUefi:
+    """QEMU's machine for datacenters with firmware in flash memory, and the devices that Rackvisor has."""
+
+    name = "qemu-q35"
+
+    def __init__(self, program):
+        self.program = program
+
+    def command(self, guest, folder):
+        del folder
+        code, variables = guest.firmware
+        command = [self.program, "-M", "q35,accel=kvm", "-cpu", "host", "-smp", str(guest.cpus), "-m", f"{guest.ram_mib}M"]
+        command += ["-no-user-config", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]
+        command += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"]
+        command += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
+        command += ["-blockdev", f"driver=file,filename={guest.disk},node-name=disk0,aio=io_uring"]
+        command += ["-device", "virtio-blk-pci,drive=disk0,bootindex=1", "-device", "virtio-rng-pci"]
+        if guest.tpm:
+            command += ["-chardev", f"socket,id=tpm,path={guest.tpm}", "-tpmdev", "emulator,id=tpm,chardev=tpm"]
+            command += ["-device", "tpm-crb,tpmdev=tpm"]
         return command
 
 
