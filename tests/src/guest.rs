@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::PATIENCE;
 
@@ -60,6 +61,19 @@ impl Guest {
         let (status, output) = self.run(command);
         assert_eq!(status, 0, "{command}: {output}");
         output.trim_end_matches('\n').to_owned()
+    }
+
+    /// The content of a file of the guest.
+    pub fn bytes(&mut self, path: &str) -> Vec<u8> {
+        // Each byte on the console is an exit.
+        let coded = self.ok(&format!("gzip -c {path} | base64"));
+        let mut program = Command::new("sh");
+        program.args(["-c", "base64 -d | gunzip"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut program = program.spawn().unwrap();
+        program.stdin.take().unwrap().write_all(coded.as_bytes()).unwrap();
+        let output = program.wait_with_output().unwrap();
+        assert!(output.status.success(), "{path}: {coded}");
+        output.stdout
     }
 
     /// Reads on to `marker`; gives what stands before it.

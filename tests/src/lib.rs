@@ -10,6 +10,7 @@
     reason = "a test fails by panicking, also in its helpers"
 )]
 
+mod eventlog;
 mod exits;
 mod guest;
 mod hostdisk;
@@ -24,6 +25,7 @@ mod san;
 mod sdn;
 mod spoil;
 mod swtpm;
+mod tables;
 mod tap;
 mod terminal;
 mod tiny;
@@ -35,6 +37,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+pub use eventlog::{EventLog, LogEvent};
 pub use exits::{Trace, exits};
 pub use guest::Guest;
 pub use hostdisk::{Mapped, NullBlk};
@@ -51,10 +54,11 @@ pub use san::{San, san_is_missing};
 pub use sdn::{Bridge, Ovn, Port, PortOptions, Station, sdn_is_missing};
 pub use spoil::spoil_everything;
 pub use swtpm::{Swtpm, swtpm_is_missing};
+pub use tables::check_tables;
 pub use tap::{Rarps, Tap, taps_are_missing};
 pub use terminal::Terminal;
 pub use tiny::Tiny;
-pub use uefi::{Keys, Loader, booted_disk, global_variable, mount_variables, uefi, uefi_disk};
+pub use uefi::{Keys, Loader, booted_disk, global_variable, mount_variables, uefi, uefi_disk, uefi_disk_with};
 pub use vmm::{Rackvisor, rackctl_binary, rackvisor_binary};
 
 /// How long anything may take before it counts as hung. Guests in the lab are some 10 times slower than elsewhere.

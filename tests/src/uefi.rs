@@ -1,6 +1,7 @@
 //! Guests that start by UEFI firmware: Debian's OVMF and the disks of `resources/guest/build --uefi`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use rackvisor_api::config::{BootConfig, DiskConfig, VmConfig};
 use rackvisor_api::size::ByteSize;
@@ -53,6 +54,21 @@ pub fn uefi_disk(vmm: &Rackvisor, id: &str, loader: Loader, mark: u8) -> DiskCon
     let at = content.windows(MARK.len()).position(|window| window == MARK).unwrap();
     content[at + MARK.len() - 1] = b'0' + mark;
     vmm.image(id, &content)
+}
+
+/// As [`uefi_disk`] with another kernel and initrd, which the firmware measures.
+///
+/// # Panics
+/// Without mcopy (Debian package mtools).
+pub fn uefi_disk_with(vmm: &Rackvisor, id: &str, kernel: &Path, initrd: &Path) -> DiskConfig {
+    let disk = uefi_disk(vmm, id, Loader::Signed, 1);
+    // The EFI system partition begins there.
+    let partition = format!("{}@@1M", vmm.path(id).display());
+    for (from, to) in [(kernel, "::vmlinuz"), (initrd, "::initrd.img")] {
+        let status = Command::new("mcopy").args(["-o", "-i", &partition]).arg(from).arg(to).status().unwrap();
+        assert!(status.success(), "mcopy {} {to}", from.display());
+    }
+    disk
 }
 
 /// The mark of the disk that the guest was started from.

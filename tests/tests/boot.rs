@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking, also in its helpers")]
 
-use std::process::Command;
-
 use rackvisor_api::config::{CpusConfig, Topology};
 use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::{Action, VmState};
-use rackvisor_tests::{Kernel, Rackvisor, Tiny, assert_nothing_more, linux, linux_that_runs, needs_kvm};
+use rackvisor_tests::{Kernel, Rackvisor, Tiny, assert_nothing_more, check_tables, linux, linux_that_runs, needs_kvm};
 
 /// Boots a Linux; checks what it finds.
 fn boots(kernel: Kernel, cpus: u8, memory: ByteSize) {
@@ -116,27 +114,7 @@ fn the_guest_finds_the_machine_that_was_configured_and_tables_that_iasl_takes() 
 
     assert_eq!(guest.ok("cat /sys/class/dmi/id/sys_vendor"), "Rackvisor");
 
-    let names = guest.ok("cd /sys/firmware/acpi/tables && ls -p | grep -v /");
-    assert_eq!(names.split_whitespace().collect::<Vec<_>>(), ["APIC", "DSDT", "FACP", "FACS", "MCFG", "WAET"]);
-    if Command::new("iasl").arg("-v").output().is_err() {
-        return println!("iasl is not there: the tables are not compiled again");
-    }
-    for name in names.split_whitespace().filter(|name| *name != "FACS") {
-        let hex = guest.ok(&format!("hexdump -v -e '1/1 \"%02x\"' /sys/firmware/acpi/tables/{name}"));
-        let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
-        let table: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
-        assert_eq!(table.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0, "checksum of {name}");
-        std::fs::write(vmm.path(&format!("{name}.dat")), table).unwrap();
-        let iasl = |arguments: &[&str]| {
-            let output = Command::new("iasl").args(arguments).current_dir(vmm.path("")).output().unwrap();
-            let told = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-            assert!(output.status.success(), "iasl {arguments:?}: {told}");
-            told
-        };
-        iasl(&["-d", &format!("{name}.dat")]);
-        let told = iasl(&[&format!("{name}.dsl")]);
-        assert!(told.contains(" 0 Errors"), "{name}: {told}");
-    }
+    assert_eq!(check_tables(&mut guest, &vmm.path("")), ["APIC", "DSDT", "FACP", "FACS", "MCFG", "WAET"]);
 }
 
 /// Host bridge, the first disk, the RNG, the second disk, the LPC bridge.
