@@ -1,5 +1,10 @@
-use super::super::Ppi;
+use super::super::{Ppi, firmware_config};
 use super::*;
+
+#[test]
+fn firmware_is_told_the_place_and_layout_of_the_physical_presence_memory() {
+    assert_eq!(firmware_config(), [0x00, 0x50, 0xd4, 0xfe, 2, 1]);
+}
 
 #[test]
 fn drivers_recognise_a_crb_of_version_1_with_one_locality_and_a_buffer_of_3968_bytes() {
