@@ -106,7 +106,7 @@ impl GenerationId {
 
     fn write(&self, state: &State) -> Result<(), GuestMemoryError> {
         let (Place::Fixed(page) | Place::Firmware(Some(page))) = state.place else { return Ok(()) };
-        let address = GuestAddress(page.checked_add(OFFSET).unwrap_or(u64::MAX));
+        let address = GuestAddress(page.saturating_add(OFFSET));
         let memory = self.memory.memory();
         if !memory.check_range(address, state.id.len(), Permissions::Write) {
             return Err(GuestMemoryError::InvalidGuestAddress(address));
