@@ -148,7 +148,7 @@ fn the_firmware_answers_with_an_address_as_a_whole() {
     {
         assert_eq!(bench.dma(control, length, address), command::ERROR, "{control:#x} {length} {address:#x}");
     }
-    assert_eq!(bench.dma(write - command::WRITE | command::SKIP, 1, 0), 0);
+    assert_eq!(bench.dma((write - command::WRITE) | command::SKIP, 1, 0), 0);
     assert_eq!(bench.dma(command::WRITE, 8, 0x2000), command::ERROR, "not from its second byte on");
     assert_eq!(*bench.addresses.lock().unwrap(), [0; 0]);
     assert_eq!(bench.dma(write, 8, 0x2000), 0);
