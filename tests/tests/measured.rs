@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use rackvisor_api::VmConfig;
-use rackvisor_api::config::{DiskConfig, NumaNode, Patch, VmPatch};
+use rackvisor_api::config::{DiskConfig, NumaNode, Patch, Topology, VmPatch};
 use rackvisor_api::size::ByteSize;
 use rackvisor_tests::{
     EventLog, Guest, Keys, Rackvisor, Swtpm, check_tables, guest_folder, needs_kvm, skip, stock_kernel,
@@ -28,7 +28,9 @@ fn machine() -> (Rackvisor, Swtpm, VmConfig) {
     let mut config = uefi(&vmm, Keys::Microsoft);
     config.tpm = Some(swtpm.config());
     config.generation_id = Some(FIRST.parse().unwrap());
+    // A socket on each node: Linux warns of cores that share a cache and not a node.
     config.cpus.count = 2;
+    config.cpus.topology = Some(Topology { sockets: 2, cores: 1, threads: 1 });
     let node = |cpu: &str, distances: [u8; 2]| NumaNode {
         cpus: Some(cpu.parse().unwrap()),
         memory: ByteSize::mib(192),
