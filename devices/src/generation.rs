@@ -75,7 +75,7 @@ mod tests {
     fn the_guest_is_told_of_another_id_alone_and_reads_it() {
         let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let memory = GuestMemory::new(map);
-        let power = Arc::new(PowerManagement::new(Arc::new(NoLine), Arc::new(HostClock::new()), true));
+        let power = Arc::new(PowerManagement::new(Arc::new(NoLine), Arc::new(HostClock::new()), true, Arc::default()));
         let status = || {
             let mut data = [0];
             power.read(0x20, &mut data);

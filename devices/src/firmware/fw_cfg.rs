@@ -6,7 +6,7 @@
 //! | 0x511 | data | the next bytes of the item; zero beyond its end |
 //! | 0x514 | DMA address | 64 bits, big-endian in two halves; the write of the second starts the transfer |
 //!
-//! Items are read only. Files are items with a name; the directory lists them. Files that describe what the firmware has set
+//! Items are read only, but for live files. Files are items with a name; the directory lists them. Files that describe what the firmware has set
 //! up itself come from a source. It is asked whenever the first of them, the one with which firmware begins, is selected:
 //! edk2 has the BARs decoded just then, and not when it reads the directory before and the other files after (EnablePciDecoding()
 //! of OvmfPkg/AcpiPlatformDxe).
@@ -80,12 +80,29 @@ impl FwCfgFile {
     }
 }
 
+/// A file whose content changes, always of the same size.
+pub trait LiveFile: Send + Sync {
+    /// Bytes.
+    fn size(&self) -> usize;
+
+    /// The firmware selects it: what it has in it now.
+    fn select(&self) -> Vec<u8>;
+
+    /// The firmware writes `bytes` at `offset`; says whether that is possible.
+    fn write(&self, _offset: usize, _bytes: &[u8]) -> bool {
+        false
+    }
+}
+
 /// Makes files from how things are now: always the same names in the same order, and the same size of the first.
 pub type FileSource = Box<dyn Fn() -> Result<Vec<FwCfgFile>, AcpiError> + Send + Sync>;
 
+#[derive(Default)]
 struct State {
     item: Arc<[u8]>,
     offset: usize,
+    /// What takes writes to the item.
+    live: Option<Arc<dyn LiveFile>>,
     /// The upper half of the DMA address.
     dma_high: u32,
     /// All files, as they were last made; none before the first look at them.
@@ -97,6 +114,7 @@ pub struct FwCfg {
     memory: GuestMemory,
     cpus: u16,
     fixed: Vec<FwCfgFile>,
+    live: Vec<(&'static str, Arc<dyn LiveFile>)>,
     source: FileSource,
     state: Mutex<State>,
 }
@@ -105,14 +123,20 @@ impl FwCfg {
     /// fw_cfg for a machine with `cpus` vCPUs, with `files` and those of `source`.
     #[must_use]
     pub fn new(memory: GuestMemory, cpus: u16, files: Vec<FwCfgFile>, source: FileSource) -> Self {
-        let state = State { item: Arc::default(), offset: 0, dma_high: 0, files: Vec::new() };
-        Self { memory, cpus, fixed: files, source, state: Mutex::new(state) }
+        Self { memory, cpus, fixed: files, live: Vec::new(), source, state: Mutex::default() }
+    }
+
+    /// The same with more files, which are live.
+    #[must_use]
+    pub fn with_live_files(mut self, files: Vec<(&'static str, Arc<dyn LiveFile>)>) -> Self {
+        self.fixed.extend(files.iter().map(|(name, file)| FwCfgFile::new(name, vec![0; file.size()])));
+        self.live.extend(files);
+        self
     }
 
     /// Back to power-on.
     pub fn reset(&self) {
-        let mut state = self.lock();
-        *state = State { item: Arc::default(), offset: 0, dma_high: 0, files: Vec::new() };
+        *self.lock() = State::default();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -125,13 +149,20 @@ impl FwCfg {
         if index == Some(self.fixed.len()) || (state.files.is_empty() && selector >= key::DIRECTORY) {
             self.make_files(state);
         }
-        state.offset = 0;
+        (state.offset, state.live) = (0, None);
         state.item = match selector {
             key::SIGNATURE => Arc::from(*b"QEMU"),
             key::ID => Arc::from(FEATURES.to_le_bytes()),
             key::CPU_COUNT | key::MAX_CPUS => Arc::from(self.cpus.to_le_bytes()),
             key::DIRECTORY => directory(&state.files).into(),
-            _ => index.and_then(|index| state.files.get(index)).map(|file| Arc::clone(&file.data)).unwrap_or_default(),
+            _ => match index.and_then(|index| state.files.get(index)) {
+                Some(file) => {
+                    let mine = |(name, _): &&(&str, _)| *name == file.name;
+                    state.live = self.live.iter().find(mine).map(|(_, live)| Arc::clone(live));
+                    state.live.as_ref().map_or_else(|| Arc::clone(&file.data), |live| live.select().into())
+                }
+                None => Arc::default(),
+            },
         };
     }
 
@@ -166,7 +197,7 @@ impl FwCfg {
         let done = match control & (command::READ | command::WRITE | command::SKIP) {
             0 => true,
             bits if bits & command::READ != 0 => state.read_to(&memory, u64::from_be_bytes(to), length),
-            bits if bits & command::WRITE != 0 => false,
+            bits if bits & command::WRITE != 0 => state.write_from(&memory, u64::from_be_bytes(to), length),
             _ => {
                 state.offset = state.offset.saturating_add(length);
                 true
@@ -195,6 +226,15 @@ impl State {
         padding <= MAX_PADDING
             && memory.write_slice(bytes, GuestAddress(address)).is_ok()
             && memory.write_slice(&vec![0; padding], GuestAddress(end)).is_ok()
+    }
+
+    /// Writes `length` bytes from `address` to the item; says whether it takes them.
+    fn write_from(&mut self, memory: &GuestMemoryMmap, address: u64, length: usize) -> bool {
+        let (Some(live), true) = (&self.live, length <= self.item.len()) else { return false };
+        let mut bytes = vec![0; length];
+        let written = memory.read_slice(&mut bytes, GuestAddress(address)).is_ok() && live.write(self.offset, &bytes);
+        self.offset = self.offset.saturating_add(length);
+        written
     }
 }
 
