@@ -1,4 +1,4 @@
-//! System management interrupts: SMI_EN and its lock (ICH9 datasheet §13.8.3.13, §13.8.1.1), the APM command that raises one, and
+//! System management interrupts: SMI_EN and its lock (ICH9 datasheet §13.8.1, §13.8.3), the APM command that raises one, and
 //! how firmware agrees on who takes it (the fw_cfg files of QEMU's ICH9 LPC bridge).
 //!
 //! | file | bytes | |

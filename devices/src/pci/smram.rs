@@ -1,4 +1,4 @@
-//! Memory of system management mode (SMM), which the host bridge hides from all else (Intel 3 Series datasheet §5.1.29, §5.1.30;
+//! Memory of system management mode (SMM), which the host bridge hides from all else (Intel 3 Series datasheet §5.1;
 //! the size of TSEG as QEMU's Q35 tells it).
 //!
 //! | register | bits | |
@@ -8,7 +8,7 @@
 //! | ESMRAMC | T_EN 0 | TSEG, the end of RAM below 4 GiB, is hidden |
 //!
 //! Firmware chooses neither place nor size of TSEG: what it writes to TSEG_SZ and TSEGMB is kept, no more. D_LCK closes D_OPEN
-//! and locks all four registers until a reset.
+//! and locks SMRAM, ESMRAMC, TSEGMB and TOLUD until a reset.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
