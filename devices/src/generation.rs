@@ -138,7 +138,8 @@ mod tests {
     impl Bench {
         fn new() -> Self {
             let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-            let power = Arc::new(PowerManagement::new(Arc::new(NoLine), Arc::new(HostClock::new()), true));
+            let power =
+                Arc::new(PowerManagement::new(Arc::new(NoLine), Arc::new(HostClock::new()), true, Arc::default()));
             Self { memory: GuestMemory::new(map), power }
         }
 

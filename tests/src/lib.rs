@@ -58,7 +58,10 @@ pub use tables::check_tables;
 pub use tap::{Rarps, Tap, taps_are_missing};
 pub use terminal::Terminal;
 pub use tiny::Tiny;
-pub use uefi::{Keys, Loader, booted_disk, global_variable, mount_variables, uefi, uefi_disk, uefi_disk_with};
+pub use uefi::{
+    Keys, Loader, assert_secure_boot, boot_entries, boot_past_unsigned_loader, booted_disk, global_variable,
+    make_boot_entry, mount_variables, uefi, uefi_disk, uefi_disk_with, uefi_with_smm,
+};
 pub use vmm::{Rackvisor, rackctl_binary, rackvisor_binary};
 
 /// How long anything may take before it counts as hung. Guests in the lab are some 10 times slower than elsewhere.

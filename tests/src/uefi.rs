@@ -47,6 +47,52 @@ pub fn uefi(vmm: &Rackvisor, keys: Keys) -> VmConfig {
     config
 }
 
+/// The same with Debian's build for system management mode, which alone can change the variables.
+pub fn uefi_with_smm(vmm: &Rackvisor, keys: Keys) -> VmConfig {
+    let mut config = uefi(vmm, keys);
+    // The firmware keeps more for itself, and GRUB finds no room for the kernel in 256 MiB.
+    config.memory.size = ByteSize::mib(384);
+    if let Some(firmware) = config.boot.as_mut().and_then(|boot| boot.firmware.as_mut()) {
+        (firmware.code, firmware.smm) = (file("OVMF_CODE_4M.secboot.fd"), true);
+    }
+    config
+}
+
+/// A VM whose disk with an unsigned loader would be tried before the one with signed loaders, marked 2; starts it as far as it
+/// goes, past the refusal of the one to the Linux of the other, which must find Secure Boot to be on.
+pub fn boot_past_unsigned_loader(vmm: &Rackvisor, config: &mut VmConfig) -> Guest {
+    config.disks = vec![uefi_disk(vmm, "unsigned", Loader::Unsigned, 1), uefi_disk(vmm, "signed", Loader::Signed, 2)];
+    config.disks[0].boot_index = Some(1);
+    config.disks[1].boot_index = Some(2);
+    let mut guest = vmm.boot_with_console(config);
+    guest.read_until("Access Denied");
+    guest.wait_ready();
+    assert_eq!(booted_disk(&mut guest), "2");
+    mount_variables(&mut guest);
+    assert_secure_boot(&mut guest);
+    guest
+}
+
+/// Asserts that firmware and kernel say that Secure Boot is on. Variables must be mounted.
+pub fn assert_secure_boot(guest: &mut Guest) {
+    assert_eq!(global_variable(guest, "SecureBoot"), "0600000001");
+    let told = guest.ok("dmesg | grep -i 'secure boot'");
+    assert!(told.contains("Secure boot enabled"), "{told}");
+}
+
+/// Numbers of the boot entries called `label`. Variables must be mounted.
+pub fn boot_entries(guest: &mut Guest, label: &str) -> Vec<String> {
+    let listed = guest.ok("efibootmgr");
+    let of_label = listed.lines().filter(|line| line.contains(label));
+    of_label.filter_map(|line| Some(line.strip_prefix("Boot")?.get(..4)?.to_owned())).collect()
+}
+
+/// Makes a boot entry called `label` for the first disk.
+pub fn make_boot_entry(guest: &mut Guest, label: &str) {
+    let entry = format!("-L {label} -l '\\EFI\\BOOT\\BOOTX64.EFI'");
+    guest.ok(&format!("efibootmgr --quiet --create -d /dev/vda -p 1 {entry}"));
+}
+
 /// A disk that starts the Linux with the agent. [`booted_disk`] tells `mark`.
 pub fn uefi_disk(vmm: &Rackvisor, id: &str, loader: Loader, mark: u8) -> DiskConfig {
     let name = if loader == Loader::Signed { "disk.img" } else { "disk-unsigned.img" };

@@ -6,20 +6,9 @@ use rackvisor_api::config::{CpusConfig, FirmwareConfig};
 use rackvisor_api::problem::Code;
 use rackvisor_api::state::{Action, VmState};
 use rackvisor_tests::{
-    Guest, Keys, Loader, Rackvisor, booted_disk, global_variable, mount_variables, needs_kvm, uefi, uefi_disk,
+    Keys, Loader, Rackvisor, boot_entries, boot_past_unsigned_loader, booted_disk, make_boot_entry, mount_variables,
+    needs_kvm, uefi, uefi_disk,
 };
-
-/// Numbers of the boot entries called `label`.
-fn entries(guest: &mut Guest, label: &str) -> Vec<String> {
-    let listed = guest.ok("efibootmgr");
-    let of_label = listed.lines().filter(|line| line.contains(label));
-    of_label.filter_map(|line| Some(line.strip_prefix("Boot")?.get(..4)?.to_owned())).collect()
-}
-
-fn make_entry(guest: &mut Guest, label: &str) {
-    let entry = format!("-L {label} -l '\\EFI\\BOOT\\BOOTX64.EFI'");
-    guest.ok(&format!("efibootmgr --quiet --create -d /dev/vda -p 1 {entry}"));
-}
 
 #[test]
 fn firmware_starts_shim_grub_and_linux_which_finds_the_machine_that_was_configured() {
@@ -68,21 +57,21 @@ fn boot_entries_survive_kill_9_and_a_power_cycle() {
     config.disks = vec![uefi_disk(&vmm, "root", Loader::Signed, 1)];
     let mut guest = vmm.boot_linux(&config);
     mount_variables(&mut guest);
-    make_entry(&mut guest, "first");
+    make_boot_entry(&mut guest, "first");
     let _folder = vmm.kill();
 
     let vmm = Rackvisor::start();
     let mut guest = vmm.boot_linux(&config);
     mount_variables(&mut guest);
-    assert_eq!(entries(&mut guest, "first").len(), 1);
-    make_entry(&mut guest, "second");
+    assert_eq!(boot_entries(&mut guest, "first").len(), 1);
+    make_boot_entry(&mut guest, "second");
     vmm.client.act(Action::Shutdown).unwrap();
 
     let mut guest = vmm.boot_linux(&config);
     mount_variables(&mut guest);
-    assert_eq!((entries(&mut guest, "first").len(), entries(&mut guest, "second").len()), (1, 1));
+    assert_eq!((boot_entries(&mut guest, "first").len(), boot_entries(&mut guest, "second").len()), (1, 1));
     let current = guest.ok("efibootmgr | sed -n 's/^BootCurrent: //p'");
-    assert_eq!(entries(&mut guest, "second"), [current], "what was made last is started first");
+    assert_eq!(boot_entries(&mut guest, "second"), [current], "what was made last is started first");
 }
 
 #[test]
@@ -105,19 +94,7 @@ fn the_boot_order_chooses_the_disk() {
 fn with_the_keys_of_microsoft_secure_boot_is_on_and_an_unsigned_program_is_not_started() {
     needs_kvm!();
     let vmm = Rackvisor::start();
-    let mut config = uefi(&vmm, Keys::Microsoft);
-    // The unsigned one would come first.
-    config.disks = vec![uefi_disk(&vmm, "unsigned", Loader::Unsigned, 1), uefi_disk(&vmm, "signed", Loader::Signed, 2)];
-    config.disks[0].boot_index = Some(1);
-    config.disks[1].boot_index = Some(2);
-    let mut guest = vmm.boot_with_console(&config);
-    guest.read_until("Access Denied");
-    guest.wait_ready();
-    assert_eq!(booted_disk(&mut guest), "2");
-    mount_variables(&mut guest);
-    assert_eq!(global_variable(&mut guest, "SecureBoot"), "0600000001");
-    let told = guest.ok("dmesg | grep -i 'secure boot'");
-    assert!(told.contains("Secure boot enabled"), "{told}");
+    boot_past_unsigned_loader(&vmm, &mut uefi(&vmm, Keys::Microsoft));
 }
 
 #[test]

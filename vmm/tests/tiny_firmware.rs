@@ -2,11 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use rackvisor::kvm::KvmError;
 use rackvisor::{Vm, VmConfig, VmState};
 use rackvisor_api::config::BootConfig;
+use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
+use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -32,12 +36,8 @@ const PROGRAM: [u8; 43] = [
     0xeb, 0xfe,                         // jmp $
 ];
 
-#[test]
-fn firmware_starts_at_the_reset_vector_after_each_reset_and_keeps_what_it_programs() {
-    if let Err(error) = rackvisor::kvm::open().and_then(|kvm| rackvisor::kvm::rom::check(&kvm)) {
-        return eprintln!("SKIPPED: a VM with a tiny firmware: {error}");
-    }
-    let folder = tempfile::tempdir().unwrap();
+/// A VM with that firmware, and its variables.
+fn vm(folder: &TempDir) -> (VmConfig, PathBuf) {
     let (code, vars) = (folder.path().join("code"), folder.path().join("vars"));
     let mut image = vec![0xf4; CODE];
     image[CODE - 0x10..][..START.len()].copy_from_slice(&START);
@@ -46,6 +46,16 @@ fn firmware_starts_at_the_reset_vector_after_each_reset_and_keeps_what_it_progra
     fs::write(&vars, [0xff; VARS]).unwrap();
     let mut config = VmConfig::new("tiny", ByteSize::mib(128));
     config.boot = Some(BootConfig::with_firmware(code, &vars));
+    (config, vars)
+}
+
+#[test]
+fn firmware_starts_at_the_reset_vector_after_each_reset_and_keeps_what_it_programs() {
+    if let Err(error) = rackvisor::kvm::open().and_then(|kvm| rackvisor::kvm::rom::check(&kvm)) {
+        return eprintln!("SKIPPED: a VM with a tiny firmware: {error}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (config, vars) = vm(&folder);
     for resets in [1, 0] {
         let vm = Vm::define(config.clone()).unwrap();
         vm.boot().unwrap();
@@ -55,5 +65,33 @@ fn firmware_starts_at_the_reset_vector_after_each_reset_and_keeps_what_it_progra
         let mut wanted = [0xff; VARS];
         wanted[0x123] = 0x5a;
         assert!(fs::read(&vars).unwrap() == wanted);
+    }
+}
+
+#[test]
+fn with_smm_what_the_firmware_writes_outside_of_it_reaches_no_variable_and_a_host_without_it_refuses_the_vm() {
+    let checked = rackvisor::kvm::open().and_then(|kvm| rackvisor::kvm::smm::check(&kvm));
+    let folder = tempfile::tempdir().unwrap();
+    let (mut config, vars) = vm(&folder);
+    config.boot.as_mut().unwrap().firmware.as_mut().unwrap().smm = true;
+    let vm = Vm::define(config).unwrap();
+    match checked {
+        // It resets the machine over and over, as it never finds what it programmed.
+        Ok(()) => {
+            vm.boot().unwrap();
+            let resets = || vm.describe().unwrap().resets;
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while resets() < 3 {
+                assert!(std::time::Instant::now() < deadline, "the firmware does not run");
+                std::thread::yield_now();
+            }
+            assert!(fs::read(&vars).unwrap() == [0xff; VARS]);
+        }
+        Err(KvmError::NoSmm(_)) => {
+            let problem = vm.boot().unwrap_err();
+            assert_eq!(problem.code, Code::Unusable);
+            assert!(problem.detail.contains("boot.firmware.smm"), "{problem}");
+        }
+        Err(error) => eprintln!("SKIPPED: a VM with a tiny firmware and SMM: {error}"),
     }
 }

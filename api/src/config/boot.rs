@@ -44,6 +44,12 @@ pub struct FirmwareConfig {
     /// The guest writes it.
     #[schema(value_type = String)]
     pub vars: PathBuf,
+    /// Whether `code` is a build for system management mode (SMM), such as `OVMF_CODE_4M.secboot.fd`: the guest can change the
+    /// variables by way of the firmware only. A build with SMM does not start without this, one without SMM keeps no
+    /// variables with it. The host's KVM must have SMM.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[schema(default = false)]
+    pub smm: bool,
 }
 
 impl BootConfig {
@@ -54,7 +60,7 @@ impl BootConfig {
 
     /// A boot by firmware.
     pub fn with_firmware(code: impl Into<PathBuf>, vars: impl Into<PathBuf>) -> Self {
-        let firmware = FirmwareConfig { code: code.into(), vars: vars.into() };
+        let firmware = FirmwareConfig { code: code.into(), vars: vars.into(), smm: false };
         Self { firmware: Some(firmware), ..Self::default() }
     }
 

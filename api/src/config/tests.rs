@@ -316,6 +316,7 @@ fn a_guest_starts_from_a_kernel_or_from_firmware_and_says_only_what_belongs_to_i
     let refused = |boot: &str| at(boot).unwrap_err();
     let invalid = |pointer: &str| (Code::InvalidValue, pointer.to_owned());
     at(r#"{"firmware":{"code":"c","vars":"v"}}"#).unwrap();
+    at(r#"{"firmware":{"code":"c","vars":"v","smm":true}}"#).unwrap();
     assert_eq!(refused("{}"), (Code::BootSourceMissing, "/boot".into()));
     assert_eq!(refused(r#"{"kernel":"k","firmware":{"code":"c","vars":"v"}}"#), invalid("/boot/firmware"));
     assert_eq!(refused(r#"{"firmware":{"code":"c","vars":"c"}}"#), invalid("/boot/firmware/vars"));

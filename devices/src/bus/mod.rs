@@ -18,6 +18,11 @@ pub enum VmRequest {
     PowerOff,
     /// The BARs of the PCI function in this slot (0..=31) of bus 0 changed: map them anew before the vCPU goes on.
     BarsChanged(u8),
+    /// A system management interrupt of the vCPU that made the access, before its next instruction.
+    Smi {
+        /// Of all others as well.
+        broadcast: bool,
+    },
 }
 
 /// Registers on a bus. Accesses come from several vCPU threads at once: a device does its own interior locking.
@@ -61,6 +66,7 @@ struct Entry {
 #[derive(Default)]
 pub struct Bus {
     ranges: RwLock<BTreeMap<u64, Entry>>,
+    below: Option<Arc<Bus>>,
 }
 
 impl Bus {
@@ -68,6 +74,13 @@ impl Bus {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty bus on top of `below`, which gets what nobody claims here: what a vCPU sees in system management mode, with
+    /// devices that nobody else reaches.
+    #[must_use]
+    pub fn over(below: Arc<Self>) -> Self {
+        Self { below: Some(below), ..Self::default() }
     }
 
     /// Claims `length` bytes from `base` for `device`.
@@ -108,6 +121,10 @@ impl Bus {
     }
 
     fn find(&self, address: u64, length: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
+        self.find_here(address, length).or_else(|| self.below.as_ref()?.find(address, length))
+    }
+
+    fn find_here(&self, address: u64, length: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
         let (base, entry) = ranges.range(..=address).next_back()?;
         let offset = address - base;
@@ -165,6 +182,18 @@ mod tests {
         bus.read(0x106, &mut data);
         assert_eq!(data, [0xff; 4]);
         assert_eq!(bus.write(u64::MAX, &[0; 8]), None);
+    }
+
+    #[test]
+    fn what_lies_on_top_of_a_bus_hides_what_is_there_and_is_not_seen_from_below() {
+        let below = Arc::new(Bus::new());
+        below.insert(0x100, 0x10, Arc::new(Constant(1))).unwrap();
+        let above = Bus::over(Arc::clone(&below));
+        above.insert(0x104, 4, Arc::new(Constant(0x81))).unwrap();
+        above.insert(0x200, 4, Arc::new(Constant(0x91))).unwrap();
+        assert_eq!([0x103, 0x104, 0x108].map(|at| byte(&above, at)), [4, 0x81, 9]);
+        assert_eq!([0x104, 0x200].map(|at| byte(&below, at)), [5, 0xff]);
+        assert_eq!((above.write(0x200, &[0]), below.write(0x200, &[0])), (Some(VmRequest::Reset), None));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The chipset: ICH9-style power management, RTC/CMOS, i8042, reset, serial port, debug console, pvpanic, watchdog.
+//! The chipset: ICH9-style power management, SMIs, RTC/CMOS, i8042, reset, serial port, debug console, pvpanic, watchdog.
 //!
 //! [`Chipset`] makes all of it from a [`ChipsetConfig`] and claims its ports; each part also stands alone.
 
@@ -10,6 +10,7 @@ pub mod pvpanic;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod smi;
 pub mod watchdog;
 
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use pvpanic::{PVPANIC_ID, Pvpanic};
 pub use reset::{Port92, ResetControl};
 pub use rtc::{Rtc, RtcConfig, RtcTimer};
 pub use serial::Serial;
+pub use smi::SmiControl;
 pub use watchdog::Watchdog;
 
 /// First port of the power management block (PMBASE of an ICH9 as firmware programs it).
@@ -70,6 +72,8 @@ pub struct ChipsetConfig {
     pub rtc_offset_seconds: i64,
     /// Whether ACPI mode (SCI_EN) is on from reset: true for direct boot, where no firmware hands over.
     pub acpi_from_reset: bool,
+    /// Whether there is system management mode.
+    pub smm: bool,
     /// Raises the SCI, [`SCI_IRQ`].
     pub sci: Arc<dyn InterruptLine>,
     /// Raises the interrupt of the RTC, [`RTC_IRQ`].
@@ -88,6 +92,8 @@ pub struct ChipsetConfig {
 pub struct Chipset {
     /// Power button, SCI, PM timer.
     pub power: Arc<PowerManagement>,
+    /// System management interrupts.
+    pub smi: Arc<SmiControl>,
     /// Clock and CMOS memory.
     pub rtc: Arc<Rtc>,
     /// Reset by 0xCF9. Not claimed by [`Chipset::attach`]: the owner of the PCI configuration ports passes it on.
@@ -107,6 +113,8 @@ impl Chipset {
     #[must_use]
     pub fn new(config: ChipsetConfig) -> Self {
         let clock: Arc<dyn Clock> = Arc::new(HostClock::new());
+        let smi = Arc::new(SmiControl::new(config.smm));
+        let acpi = config.acpi_from_reset;
         let rtc = RtcConfig {
             ram_below_4g: config.ram_below_4g,
             ram_above_4g: config.ram_above_4g,
@@ -115,7 +123,8 @@ impl Chipset {
         Self {
             watchdog: config.watchdog.then(|| Arc::new(Watchdog::new(Arc::clone(&clock)))),
             pvpanic: config.panics.map(|notifier| Arc::new(Pvpanic::new(notifier))),
-            power: Arc::new(PowerManagement::new(config.sci, Arc::clone(&clock), config.acpi_from_reset)),
+            power: Arc::new(PowerManagement::new(config.sci, Arc::clone(&clock), acpi, Arc::clone(&smi))),
+            smi,
             rtc: Arc::new(Rtc::new(&rtc, clock, config.rtc)),
             reset_control: Arc::new(ResetControl::new()),
             serial: config.serial.map(|(line, output)| Arc::new(Serial::new(line, output))),
@@ -164,6 +173,7 @@ impl Chipset {
     /// Back to power-on, for a guest reset. The clock goes on, CMOS memory and console backlog stay.
     pub fn reset(&self) {
         self.power.reset();
+        self.smi.reset();
         self.rtc.reset();
         self.reset_control.reset();
         self.i8042.reset();

@@ -1,5 +1,5 @@
 //! The power management block of an ICH9 (ICH9 datasheet §13.8.3; ACPI 6.5 §4.8): PM1 events and control, PM timer,
-//! GPE0, SMI enable; and the APM ports, which switch ACPI mode without SMM.
+//! GPE0, SMI enable; and the APM ports, which switch ACPI mode by themselves and raise SMIs.
 //!
 //! | offset | register | |
 //! |---|---|---|
@@ -7,13 +7,14 @@
 //! | 0x04 | PM1_CNT | SCI_EN, SLP_TYP, SLP_EN; sleep type 0 is S5 |
 //! | 0x08 | PM_TMR | 32 bits, 3.579545 MHz |
 //! | 0x20 | GPE0_STS, GPE0_EN | 64 bits each |
-//! | 0x30 | SMI_EN, SMI_STS | 32 bits each; there is no SMM, APMC_EN reads as one so that firmware leaves it alone |
+//! | 0x30 | SMI_EN | 32 bits, see [`SmiControl`] |
 //!
 //! Any access width at any offset works byte by byte; what is not listed reads zero and ignores writes.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::clock::Clock;
+use super::smi::SmiControl;
 use super::{ACPI_DISABLE, ACPI_ENABLE};
 use crate::bus::{BusDevice, VmRequest};
 use crate::interrupt::InterruptLine;
@@ -38,16 +39,12 @@ const SLP_TYP: u16 = 7 << 10;
 const SLP_TYP_SHIFT: u32 = 10;
 const SLP_EN: u16 = 1 << 13;
 
-/// The APM write SMI: "set up already" to firmware.
-const APMC_EN: u32 = 1 << 5;
-
 struct State {
     pm1_status: u16,
     pm1_enable: u16,
     pm1_control: u16,
     gpe_status: u64,
     gpe_enable: u64,
-    smi_enable: u32,
     apm_control: u8,
     apm_status: u8,
     /// The timer's top bit when TMR_STS was last brought up to date.
@@ -64,15 +61,21 @@ pub struct PowerManagement {
     line: Arc<dyn InterruptLine>,
     clock: Arc<dyn Clock>,
     acpi_from_reset: bool,
+    smi: Arc<SmiControl>,
 }
 
 impl PowerManagement {
     /// A block at power-on, with SCI_EN set if `acpi_from_reset`. `sci` is a level, active high.
     #[must_use]
-    pub fn new(sci: Arc<dyn InterruptLine>, clock: Arc<dyn Clock>, acpi_from_reset: bool) -> Self {
+    pub fn new(
+        sci: Arc<dyn InterruptLine>,
+        clock: Arc<dyn Clock>,
+        acpi_from_reset: bool,
+        smi: Arc<SmiControl>,
+    ) -> Self {
         let timer_top = ticks(clock.monotonic()) >> 31 != 0;
         let state = Mutex::new(State { timer_top, ..State::power_on(acpi_from_reset) });
-        Self { state, line: sci, clock, acpi_from_reset }
+        Self { state, line: sci, clock, acpi_from_reset, smi }
     }
 
     /// Presses the power button: the guest sees PWRBTN_STS, and an SCI if it has enabled it. Whether it then shuts down is
@@ -121,12 +124,14 @@ impl PowerManagement {
         result
     }
 
-    fn set_acpi_mode(state: &mut State, command: u8) {
+    fn command(&self, state: &mut State, command: u8) -> Option<VmRequest> {
+        state.apm_control = command;
         match command {
             ACPI_ENABLE => state.pm1_control |= SCI_EN,
             ACPI_DISABLE => state.pm1_control &= !SCI_EN,
-            _ => {}
+            _ => return self.smi.command(),
         }
+        None
     }
 }
 
@@ -138,7 +143,6 @@ impl State {
             pm1_control: if acpi { SCI_EN } else { 0 },
             gpe_status: 0,
             gpe_enable: 0,
-            smi_enable: APMC_EN,
             apm_control: 0,
             apm_status: 0,
             timer_top: false,
@@ -151,7 +155,7 @@ impl State {
         self.pm1_control & SCI_EN != 0 && pending
     }
 
-    fn read(&self, offset: u64, timer: u32) -> u8 {
+    fn read(&self, offset: u64, timer: u32, smi: &SmiControl) -> u8 {
         let byte = |bytes: &[u8], start: u64| {
             usize::try_from(offset - start).ok().and_then(|index| bytes.get(index)).copied().unwrap_or(0)
         };
@@ -162,13 +166,12 @@ impl State {
             0x08..0x0c => byte(&timer.to_le_bytes(), 0x08),
             0x20..0x28 => byte(&self.gpe_status.to_le_bytes(), 0x20),
             0x28..0x30 => byte(&self.gpe_enable.to_le_bytes(), 0x28),
-            0x30..0x34 => byte(&self.smi_enable.to_le_bytes(), 0x30),
-            // SMI_STS: no SMI ever happens.
+            0x30..0x34 => byte(&smi.enable().to_le_bytes(), 0x30),
             _ => 0,
         }
     }
 
-    fn write(&mut self, offset: u64, value: u8) -> Option<VmRequest> {
+    fn write(&mut self, offset: u64, value: u8, smi: &SmiControl) -> Option<VmRequest> {
         match offset {
             0x00..0x02 => self.pm1_status &= !at_16(value, offset),
             0x02..0x04 => self.pm1_enable = replace_16(self.pm1_enable, value, offset - 0x02) & PM1_EN_KEPT,
@@ -187,7 +190,7 @@ impl State {
             }
             0x30..0x34 => {
                 let shift = (offset - 0x30) * 8;
-                self.smi_enable = self.smi_enable & !(0xff << shift) | u32::from(value) << shift | APMC_EN;
+                smi.set_enable(smi.enable() & !(0xff << shift) | u32::from(value) << shift);
             }
             _ => {}
         }
@@ -219,18 +222,20 @@ impl BusDevice for PowerManagement {
         let timer = self.timer();
         self.with(|state| {
             for (offset, byte) in (offset..).zip(data) {
-                *byte = state.read(offset, timer);
+                *byte = state.read(offset, timer, &self.smi);
             }
         });
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Option<VmRequest> {
-        self.with(|state| (offset..).zip(data).filter_map(|(offset, &byte)| state.write(offset, byte)).last())
+        let smi = &self.smi;
+        self.with(|state| (offset..).zip(data).filter_map(|(offset, &byte)| state.write(offset, byte, smi)).last())
     }
 }
 
 /// The APM control and status ports at 0xB2 (ICH9 datasheet §13.7.1): [`ACPI_ENABLE`] and [`ACPI_DISABLE`] written to the
-/// control port switch ACPI mode at once; else they only keep what is written.
+/// control port switch ACPI mode at once, any other command is an SMI where [`SmiControl`] lets it be one. Both keep what is
+/// written.
 pub struct ApmPorts(Arc<PowerManagement>);
 
 impl ApmPorts {
@@ -252,15 +257,15 @@ impl BusDevice for ApmPorts {
 
     fn write(&self, offset: u64, data: &[u8]) -> Option<VmRequest> {
         self.0.with(|state| {
+            let mut request = None;
             for (offset, &byte) in (offset..).zip(data) {
                 if offset == 0 {
-                    state.apm_control = byte;
-                    PowerManagement::set_acpi_mode(state, byte);
+                    request = self.0.command(state, byte);
                 } else {
                     state.apm_status = byte;
                 }
             }
-            None
+            request
         })
     }
 }

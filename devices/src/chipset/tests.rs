@@ -117,6 +117,7 @@ fn machine() -> Machine {
         panics: Some(Arc::new(crate::NoNotifier)),
         watchdog: true,
         acpi_from_reset: true,
+        smm: false,
         sci: Arc::clone(&sci) as _,
         serial: Some((Arc::new(Line::default()), console.output())),
         debug: Some(Arc::clone(&debug) as _),

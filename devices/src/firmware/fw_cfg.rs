@@ -6,7 +6,7 @@
 //! | 0x511 | data | the next bytes of the item; zero beyond its end |
 //! | 0x514 | DMA address | 64 bits, big-endian in two halves; the write of the second starts the transfer |
 //!
-//! Items are read only, but for one that firmware answers by. Files are items with a name; the directory lists them. Files that describe what the firmware has set
+//! Items are read only, but for live files. Files are items with a name; the directory lists them. Files that describe what the firmware has set
 //! up itself come from a source. It is asked whenever the first of them, the one with which firmware begins, is selected:
 //! edk2 has the BARs decoded just then, and not when it reads the directory before and the other files after (EnablePciDecoding()
 //! of OvmfPkg/AcpiPlatformDxe).
@@ -80,22 +80,49 @@ impl FwCfgFile {
     }
 }
 
+/// A file whose content changes, always of the same size.
+pub trait LiveFile: Send + Sync {
+    /// Bytes.
+    fn size(&self) -> usize;
+
+    /// The firmware selects it: what it has in it now.
+    fn select(&self) -> Vec<u8>;
+
+    /// The firmware writes `bytes` at `offset`; says whether that is possible.
+    fn write(&self, _offset: usize, _bytes: &[u8]) -> bool {
+        false
+    }
+}
+
 /// Makes files from how things are now: always the same names in the same order, and the same size of the first.
 pub type FileSource = Box<dyn Fn() -> Result<Vec<FwCfgFile>, AcpiError> + Send + Sync>;
 
-/// A file that the firmware writes an address to: where it has put another file.
-pub struct AddressFile {
-    /// Its name.
-    pub name: &'static str,
-    /// Is told the address, which may be anything. Called on a vCPU thread: must not block.
-    pub take: Box<dyn Fn(u64) + Send + Sync>,
+/// A live file of eight bytes that the firmware writes as a whole: the address, which may be anything, where it has put
+/// another file. It is told on a vCPU's thread: that must not block.
+pub struct AddressFile(pub Box<dyn Fn(u64) + Send + Sync>);
+
+impl LiveFile for AddressFile {
+    fn size(&self) -> usize {
+        size_of::<u64>()
+    }
+
+    fn select(&self) -> Vec<u8> {
+        vec![0; self.size()]
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) -> bool {
+        let (0, Ok(bytes)) = (offset, bytes.try_into()) else { return false };
+        (self.0)(u64::from_le_bytes(bytes));
+        true
+    }
 }
 
 #[derive(Default)]
 struct State {
-    selector: u16,
     item: Arc<[u8]>,
     offset: usize,
+    /// What takes writes to the item.
+    live: Option<Arc<dyn LiveFile>>,
     /// The upper half of the DMA address.
     dma_high: u32,
     /// All files, as they were last made; none before the first look at them.
@@ -107,9 +134,8 @@ pub struct FwCfg {
     memory: GuestMemory,
     cpus: u16,
     fixed: Vec<FwCfgFile>,
+    live: Vec<(&'static str, Arc<dyn LiveFile>)>,
     source: FileSource,
-    /// The last of the fixed files, if it is written to.
-    address: Option<AddressFile>,
     state: Mutex<State>,
 }
 
@@ -117,21 +143,20 @@ impl FwCfg {
     /// fw_cfg for a machine with `cpus` vCPUs, with `files` and those of `source`.
     #[must_use]
     pub fn new(memory: GuestMemory, cpus: u16, files: Vec<FwCfgFile>, source: FileSource) -> Self {
-        Self { memory, cpus, fixed: files, source, address: None, state: Mutex::default() }
+        Self { memory, cpus, fixed: files, live: Vec::new(), source, state: Mutex::default() }
     }
 
-    /// The same with a file that the firmware writes.
+    /// The same with more files, which are live.
     #[must_use]
-    pub fn with_address(mut self, file: AddressFile) -> Self {
-        self.fixed.push(FwCfgFile::new(file.name, vec![0; size_of::<u64>()]));
-        self.address = Some(file);
+    pub fn with_live_files(mut self, files: Vec<(&'static str, Arc<dyn LiveFile>)>) -> Self {
+        self.fixed.extend(files.iter().map(|(name, file)| FwCfgFile::new(name, vec![0; file.size()])));
+        self.live.extend(files);
         self
     }
 
     /// Back to power-on.
     pub fn reset(&self) {
-        let mut state = self.lock();
-        *state = State::default();
+        *self.lock() = State::default();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -144,14 +169,20 @@ impl FwCfg {
         if index == Some(self.fixed.len()) || (state.files.is_empty() && selector >= key::DIRECTORY) {
             self.make_files(state);
         }
-        state.offset = 0;
-        state.selector = selector;
+        (state.offset, state.live) = (0, None);
         state.item = match selector {
             key::SIGNATURE => Arc::from(*b"QEMU"),
             key::ID => Arc::from(FEATURES.to_le_bytes()),
             key::CPU_COUNT | key::MAX_CPUS => Arc::from(self.cpus.to_le_bytes()),
             key::DIRECTORY => directory(&state.files).into(),
-            _ => index.and_then(|index| state.files.get(index)).map(|file| Arc::clone(&file.data)).unwrap_or_default(),
+            _ => match index.and_then(|index| state.files.get(index)) {
+                Some(file) => {
+                    let mine = |(name, _): &&(&str, _)| *name == file.name;
+                    state.live = self.live.iter().find(mine).map(|(_, live)| Arc::clone(live));
+                    state.live.as_ref().map_or_else(|| Arc::clone(&file.data), |live| live.select().into())
+                }
+                None => Arc::default(),
+            },
         };
     }
 
@@ -186,7 +217,7 @@ impl FwCfg {
         let done = match control & (command::READ | command::WRITE | command::SKIP) {
             0 => true,
             bits if bits & command::READ != 0 => state.read_to(&memory, u64::from_be_bytes(to), length),
-            bits if bits & command::WRITE != 0 => self.written(state, &memory, u64::from_be_bytes(to), length),
+            bits if bits & command::WRITE != 0 => state.write_from(&memory, u64::from_be_bytes(to), length),
             _ => {
                 state.offset = state.offset.saturating_add(length);
                 true
@@ -195,22 +226,6 @@ impl FwCfg {
         let answer = if done { 0 } else { command::ERROR };
         // It was read from there just now.
         let _ = memory.write_slice(&answer.to_be_bytes(), GuestAddress(address));
-    }
-}
-
-impl FwCfg {
-    /// The firmware writes `length` bytes at `address` to what is selected; says whether that is possible: the file for an
-    /// address as a whole.
-    fn written(&self, state: &State, memory: &GuestMemoryMmap, address: u64, length: usize) -> bool {
-        let index = usize::from(state.selector).checked_sub(usize::from(key::FIRST_FILE));
-        let is_last = index.is_some() && index == self.fixed.len().checked_sub(1);
-        let Some(file) = self.address.as_ref().filter(|_| is_last && state.offset == 0) else { return false };
-        let mut value = [0; size_of::<u64>()];
-        if length != value.len() || memory.read_slice(&mut value, GuestAddress(address)).is_err() {
-            return false;
-        }
-        (file.take)(u64::from_le_bytes(value));
-        true
     }
 }
 
@@ -231,6 +246,15 @@ impl State {
         padding <= MAX_PADDING
             && memory.write_slice(bytes, GuestAddress(address)).is_ok()
             && memory.write_slice(&vec![0; padding], GuestAddress(end)).is_ok()
+    }
+
+    /// Writes `length` bytes from `address` to the item; says whether it takes them.
+    fn write_from(&mut self, memory: &GuestMemoryMmap, address: u64, length: usize) -> bool {
+        let (Some(live), true) = (&self.live, length <= self.item.len()) else { return false };
+        let mut bytes = vec![0; length];
+        let written = memory.read_slice(&mut bytes, GuestAddress(address)).is_ok() && live.write(self.offset, &bytes);
+        self.offset = self.offset.saturating_add(length);
+        written
     }
 }
 

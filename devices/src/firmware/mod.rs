@@ -17,7 +17,7 @@ use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 pub use boot_order::{BootDevice, boot_order};
 pub use flash::{Flash, FlashMapping};
-pub use fw_cfg::{AddressFile, FwCfg, FwCfgFile};
+pub use fw_cfg::{AddressFile, FwCfg, FwCfgFile, LiveFile};
 pub use store::{FileStore, FlashStore};
 
 use crate::block::{BlockError, BlockFile, BlockSource, LockedFile, OpenMode};

@@ -3,8 +3,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::{COMMAND, COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY, ConfigSpace, Identity};
+use super::smram::Smram;
 use super::{BarKind, BarMapping, ConfigEffect, PciFunction};
 use crate::bus::BusDevice;
+use crate::chipset::SmiControl;
 use crate::virtio::StillBusy;
 
 /// Slot of the host bridge.
@@ -40,14 +42,15 @@ pub const LPC: Identity = Identity {
 pub const PM_BASE: u16 = 0x600;
 
 /// Registers of the host bridge (Intel 3 Series datasheet §5.1).
-mod mch {
-    pub(super) const EXT_TSEG_MBYTES: u16 = 0x50;
+pub(super) mod mch {
+    /// Megabytes of TSEG, told where all ones are written (QEMU's own).
+    pub const EXT_TSEG_MBYTES: u16 = 0x50;
     pub(super) const PCIEXBAR: u16 = 0x60;
     pub(super) const PAM0: u16 = 0x90;
-    pub(super) const SMRAM: u16 = 0x9d;
-    pub(super) const ESMRAMC: u16 = 0x9e;
-    pub(super) const TSEGMB: u16 = 0xac;
-    pub(super) const TOLUD: u16 = 0xb0;
+    pub const SMRAM: u16 = 0x9d;
+    pub const ESMRAMC: u16 = 0x9e;
+    pub const TSEGMB: u16 = 0xac;
+    pub const TOLUD: u16 = 0xb0;
 
     pub(super) const PCIEXBAR_ENABLE: u64 = 1;
     pub(super) const PCIEXBAR_LENGTH_SHIFT: u32 = 1;
@@ -84,10 +87,11 @@ mod ich9 {
     pub(super) const RCBA_WRITABLE: u32 = 0xffff_c001;
 }
 
-/// The host bridge: identity, memory-map registers, and the place of ECAM.
+/// The host bridge: identity, memory-map registers, the place of ECAM, and who sees the memory of system management mode.
 pub struct HostBridge {
     config: Mutex<ConfigSpace>,
     ecam: Arc<dyn BusDevice>,
+    smram: Option<Smram>,
 }
 
 impl HostBridge {
@@ -109,7 +113,13 @@ impl HostBridge {
         config.make_writable(mch::ESMRAMC, &[0xc7]);
         config.make_writable(mch::TSEGMB, &0xfff0_0000_u32.to_le_bytes());
         config.make_writable(mch::TOLUD, &0xfff0_u16.to_le_bytes());
-        Self { config: Mutex::new(config), ecam }
+        Self { config: Mutex::new(config), ecam, smram: None }
+    }
+
+    /// The same with memory for system management mode.
+    #[must_use]
+    pub fn with_smram(self, smram: Smram) -> Self {
+        Self { smram: Some(smram), ..self }
     }
 
     /// First guest-physical address and bytes of the configuration window; `None` while it is off. What MCFG must say.
@@ -144,6 +154,9 @@ impl PciFunction for HostBridge {
         let mut config = self.lock();
         let before = window(&config);
         config.write(offset, data);
+        if let Some(smram) = &self.smram {
+            smram.follow(&mut config);
+        }
         (before != window(&config)).into()
     }
 
@@ -160,7 +173,11 @@ impl PciFunction for HostBridge {
     }
 
     fn reset(&self) -> Result<(), StillBusy> {
-        self.lock().reset();
+        let mut config = self.lock();
+        config.reset();
+        if let Some(smram) = &self.smram {
+            smram.follow(&mut config);
+        }
         Ok(())
     }
 }
@@ -168,12 +185,13 @@ impl PciFunction for HostBridge {
 /// The LPC bridge: registers that firmware and ACPI code expect. What they would move (the PM block) is fixed.
 pub struct LpcBridge {
     config: Mutex<ConfigSpace>,
+    smi: Arc<SmiControl>,
 }
 
 impl LpcBridge {
-    /// An LPC bridge at power-on: PM block at [`PM_BASE`] and enabled, PCI interrupt lines off.
+    /// An LPC bridge at power-on: PM block at [`PM_BASE`] and enabled, PCI interrupt lines off. Its SMI_LOCK locks `smi`.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(smi: Arc<SmiControl>) -> Self {
         let mut config = ConfigSpace::new(&LPC);
         // Always on (ICH9 datasheet §13.1.3). Firmware that finds ports off looks for no serial port behind them.
         config.define(COMMAND, &(COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
@@ -189,17 +207,11 @@ impl LpcBridge {
         config.make_writable(ich9::SERIRQ_CNTL, &[ich9::SERIRQ_WRITABLE]);
         config.make_writable(ich9::GEN_PMCON_1, &ich9::SMI_LOCK.to_le_bytes());
         config.make_writable(ich9::RCBA, &ich9::RCBA_WRITABLE.to_le_bytes());
-        Self { config: Mutex::new(config) }
+        Self { config: Mutex::new(config), smi }
     }
 
     fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Default for LpcBridge {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -209,7 +221,13 @@ impl PciFunction for LpcBridge {
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> ConfigEffect {
-        self.lock().write(offset, data).into()
+        let mut config = self.lock();
+        let bars_changed = config.write(offset, data);
+        if config.word(ich9::GEN_PMCON_1) & ich9::SMI_LOCK != 0 {
+            config.lock(ich9::GEN_PMCON_1, &ich9::SMI_LOCK.to_le_bytes());
+            self.smi.lock_enable();
+        }
+        bars_changed.into()
     }
 
     fn bars(&self) -> Vec<BarMapping> {

@@ -104,6 +104,7 @@ struct Byte {
     reset: u8,
     writable: u8,
     clear_by_one: u8,
+    locked: u8,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -164,6 +165,13 @@ impl ConfigSpace {
     pub fn make_writable(&mut self, offset: u16, mask: &[u8]) {
         for (byte, mask) in self.range_mut(offset, mask.len()).zip(mask) {
             byte.writable |= mask;
+        }
+    }
+
+    /// Keeps the guest from changing the bits of `mask` until a reset.
+    pub fn lock(&mut self, offset: u16, mask: &[u8]) {
+        for (byte, mask) in self.range_mut(offset, mask.len()).zip(mask) {
+            byte.locked |= mask;
         }
     }
 
@@ -247,8 +255,9 @@ impl ConfigSpace {
     pub fn write(&mut self, offset: u16, data: &[u8]) -> bool {
         let before = self.decoded();
         for (byte, new) in self.range_mut(offset, data.len()).zip(data) {
-            byte.value = (byte.value & !byte.writable) | (new & byte.writable);
-            byte.value &= !(new & byte.clear_by_one);
+            let writable = byte.writable & !byte.locked;
+            byte.value = (byte.value & !writable) | (new & writable);
+            byte.value &= !(new & byte.clear_by_one & !byte.locked);
         }
         before != self.decoded()
     }
@@ -295,7 +304,7 @@ impl ConfigSpace {
     /// All registers back to power-on.
     pub fn reset(&mut self) {
         for byte in &mut self.bytes {
-            byte.value = byte.reset;
+            (byte.value, byte.locked) = (byte.reset, 0);
         }
     }
 
@@ -445,6 +454,19 @@ mod tests {
         assert_eq!(space.word(STATUS), 0xe910);
         space.write(STATUS, &[0xff, 0xff]);
         assert_eq!(space.word(STATUS), 0x0010);
+    }
+
+    #[test]
+    fn what_is_locked_stays_as_it_is_until_a_reset() {
+        let mut space = space();
+        space.make_writable(0x40, &[0xff; 2]);
+        space.write(0x40, &[0x12, 0x34]);
+        space.lock(0x40, &[0x0f]);
+        space.write(0x40, &[0xff; 2]);
+        assert_eq!(space.word(0x40), 0xfff2);
+        space.reset();
+        space.write(0x40, &[0xff; 2]);
+        assert_eq!(space.word(0x40), 0xffff);
     }
 
     #[test]

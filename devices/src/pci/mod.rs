@@ -8,6 +8,7 @@ pub mod bridge;
 pub mod config;
 pub mod msix;
 mod root;
+pub mod smram;
 #[cfg(test)]
 mod tests;
 

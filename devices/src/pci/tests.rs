@@ -136,7 +136,7 @@ impl Machine {
         let root = Root::new(Arc::clone(&mmio), Arc::clone(&pio), Arc::clone(&events) as Arc<dyn IoEvents>);
         let bridge = Arc::new(HostBridge::new(Some(ECAM), root.ecam()));
         root.insert(HOST_BRIDGE_SLOT, Arc::clone(&bridge) as Arc<dyn PciFunction>).unwrap();
-        root.insert(LPC_SLOT, Arc::new(LpcBridge::new())).unwrap();
+        root.insert(LPC_SLOT, Arc::new(LpcBridge::new(Arc::default()))).unwrap();
         root.claim_config_ports(Some(Arc::new(Named(0x99)))).unwrap();
         Self { root, mmio, pio, events, bridge }
     }

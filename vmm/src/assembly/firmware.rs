@@ -7,15 +7,17 @@ use rackvisor_api::config::{FirmwareConfig, VmConfig, boot_order, slot_assignmen
 use rackvisor_devices::GuestMemory;
 use rackvisor_devices::acpi::PAGE_ADDRESS;
 use rackvisor_devices::bus::Bus;
-use rackvisor_devices::chipset::DebugSink;
+use rackvisor_devices::chipset::{DebugSink, SmiControl};
 use rackvisor_devices::firmware::fw_cfg::{FW_CFG_BASE, FW_CFG_LENGTH};
 use rackvisor_devices::firmware::{
     self, AddressFile, BootDevice, FileStore, FirmwareError, FirmwareImages, Flash, FlashMapping, FwCfg, FwCfgFile,
+    LiveFile,
 };
 use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::tpm;
 
 use super::{AssemblyError, Host, tables};
+use crate::kvm::AddressSpace;
 use crate::kvm::rom::{Bank, KvmRom};
 use crate::memory::layout::{self, MemoryKind};
 
@@ -26,7 +28,8 @@ const SYSTEM_STATES: [u8; 6] = [0x80, 0, 0, 1, 2, 0x80];
 pub struct Firmware {
     flash: Arc<Flash>,
     fw_cfg: Arc<FwCfg>,
-    _code: KvmRom,
+    /// What is only read: the code, and outside of system management mode the variables.
+    _roms: Vec<KvmRom>,
 }
 
 /// What the firmware is plugged into.
@@ -39,6 +42,10 @@ pub struct Board<'a> {
     pub pio: &'a Bus,
     /// Memory-mapped registers.
     pub mmio: &'a Bus,
+    /// The same in system management mode.
+    pub smm_mmio: &'a Bus,
+    /// System management interrupts.
+    pub smi: &'a Arc<SmiControl>,
     /// What ACPI tables follow from.
     pub tables: tables::Platform,
     /// The generation ID, which the firmware places.
@@ -59,23 +66,31 @@ impl Firmware {
         let images = FirmwareImages::open(&wanted.code, &wanted.vars)?;
         let (code_base, vars_base) = images.places();
         let failed = |e: &dyn std::fmt::Display| AssemblyError::host("flash memory")(e);
-        let code = KvmRom::new(Arc::clone(board.vm), Bank::Code, code_base, images.code);
-        code.set_readable(true).map_err(|e| failed(&e))?;
-        let vars = KvmRom::new(Arc::clone(board.vm), Bank::Vars, vars_base, Arc::clone(&images.vars));
+        let rom =
+            |space, bank, base, array: &Arc<_>| KvmRom::new(Arc::clone(board.vm), space, bank, base, Arc::clone(array));
+        let mut roms = vec![rom(AddressSpace::Normal, Bank::Code, code_base, &images.code)];
+        // Who may write the variables finds them as flash memory, all others as ROM.
+        let (writer, registers) = if wanted.smm {
+            roms.push(rom(AddressSpace::Smm, Bank::Code, code_base, &images.code));
+            roms.push(rom(AddressSpace::Normal, Bank::Vars, vars_base, &images.vars));
+            (AddressSpace::Smm, board.smm_mmio)
+        } else {
+            (AddressSpace::Normal, board.mmio)
+        };
+        for rom in &roms {
+            rom.set_readable(true).map_err(|e| failed(&e))?;
+        }
+        let vars = rom(writer, Bank::Vars, vars_base, &images.vars);
         let store = Box::new(FileStore(images.vars_file));
         let flash = Flash::new(images.vars, Box::new(vars), store, &*host.spawner, Arc::clone(&host.notifier));
         let flash = Arc::new(flash.map_err(FirmwareError::Start)?);
         let source = Box::new(move || board.tables.files());
-        let mut fw_cfg = FwCfg::new(board.memory, u16::from(config.cpus.count), files(config)?, source);
-        if let Some(generation) = board.generation {
-            let take = Box::new(move |page| generation.placed(page));
-            fw_cfg = fw_cfg.with_address(AddressFile { name: PAGE_ADDRESS, take });
-        }
-        let fw_cfg = Arc::new(fw_cfg);
-        board.mmio.insert(vars_base, flash.size(), Arc::clone(&flash) as _).map_err(|e| failed(&e))?;
+        let fw_cfg = FwCfg::new(board.memory, u16::from(config.cpus.count), files(config)?, source);
+        let fw_cfg = Arc::new(fw_cfg.with_live_files(live_files(wanted, board.generation, board.smi)));
+        registers.insert(vars_base, flash.size(), Arc::clone(&flash) as _).map_err(|e| failed(&e))?;
         let conflict = |e| AssemblyError::host("fw_cfg")(&e);
         board.pio.insert(FW_CFG_BASE, FW_CFG_LENGTH, Arc::clone(&fw_cfg) as _).map_err(conflict)?;
-        Ok(Self { flash, fw_cfg, _code: code })
+        Ok(Self { flash, fw_cfg, _roms: roms })
     }
 
     /// Back to power-on.
@@ -108,6 +123,19 @@ fn files(config: &VmConfig) -> Result<Vec<FwCfgFile>, AssemblyError> {
         files.push(FwCfgFile::new("bootorder", firmware::boot_order(&order)));
     }
     Ok(files)
+}
+
+/// What the firmware writes, or asks for more than once.
+fn live_files(
+    wanted: &FirmwareConfig,
+    generation: Option<Arc<GenerationId>>,
+    smi: &Arc<SmiControl>,
+) -> Vec<(&'static str, Arc<dyn LiveFile>)> {
+    let address = generation.map(|generation| {
+        let take = Box::new(move |page| generation.placed(page));
+        (PAGE_ADDRESS, Arc::new(AddressFile(take)) as _)
+    });
+    address.into_iter().chain(wanted.smm.then(|| smi.files()).into_iter().flatten()).collect()
 }
 
 /// RAM, and what KVM needs for itself, in e820's form.

@@ -50,19 +50,23 @@ impl Machine {
         let boot = config.boot.as_ref().ok_or_else(|| AssemblyError::Config(BootConfig::missing()))?;
         let images = BootImages::open(boot)?;
         let kvm = kvm::open()?;
-        let ram = Ram::new(&config.memory, &config.numa)?;
+        let mut ram = Ram::new(&config.memory, &config.numa)?;
         let begin = |images| Loading::begin(images, ram.shared(), ram.size(), &*host.spawner);
         let loading = images.map(begin).transpose().map_err(|e| AssemblyError::host("thread for the images")(&e))?;
-        let vm = kvm::create_vm(&kvm, &ram)?;
         let by_firmware = boot.firmware.is_some();
+        let smm = boot.firmware.as_ref().is_some_and(|firmware| firmware.smm);
         if by_firmware {
             kvm::rom::check(&kvm)?;
         }
+        if smm {
+            kvm::smm::check(&kvm)?;
+        }
+        let vm = kvm::create_vm(&kvm, &ram, smm)?;
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus, by_firmware)?;
         let apic_ids = new_vcpus.apic_ids.clone();
         let console = LiveConsole::open(&config.serial, host)?;
         let tpm = tpm::open(config.tpm.as_ref(), host)?;
-        let mut platform = platform::build(config, &vm, &apic_ids, &console, host, tpm, ram.shared())?;
+        let mut platform = platform::build(config, &vm, &apic_ids, &console, host, tpm, &mut ram)?;
         platform.add_firmware(config, host, &vm, ram.shared(), &apic_ids)?;
         let mut inventory = Inventory::new(console.pty_path());
         inventory.clock = Some(platform.live_clock());

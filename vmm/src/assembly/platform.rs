@@ -12,6 +12,7 @@ use rackvisor_devices::chipset::{
 };
 use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
+use rackvisor_devices::pci::smram::Smram;
 use rackvisor_devices::pci::{PciFunction, Root};
 use rackvisor_devices::tpm::{self, Tpm};
 use vm_memory::GuestMemoryMmap;
@@ -25,7 +26,8 @@ use crate::cpu::model::default_phys_bits;
 use crate::cpu::vcpu;
 use crate::kvm::interrupts::KvmLine;
 use crate::kvm::ioevents::KvmIoEvents;
-use crate::memory::layout;
+use crate::kvm::smm::{KvmSmis, KvmSmram};
+use crate::memory::{Ram, layout};
 
 const HOST_BRIDGE_SLOT: u8 = 0;
 const LPC_SLOT: u8 = 0x1f;
@@ -34,6 +36,8 @@ const LPC_SLOT: u8 = 0x1f;
 pub struct Platform {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
+    smm_mmio: Arc<Bus>,
+    smis: KvmSmis,
     root: Arc<Root>,
     chipset: Chipset,
     bridge: Arc<HostBridge>,
@@ -60,9 +64,10 @@ pub fn build(
     console: &LiveConsole,
     host: &Host,
     tpm: Option<Tpm>,
-    memory: GuestMemory,
+    ram: &mut Ram,
 ) -> Result<Platform, AssemblyError> {
-    let by_firmware = config.boot.as_ref().is_some_and(|boot| boot.firmware.is_some());
+    let firmware = config.boot.as_ref().and_then(|boot| boot.firmware.as_ref());
+    let (by_firmware, smm) = (firmware.is_some(), firmware.is_some_and(|firmware| firmware.smm));
     let ram_size = config.memory.size.bytes();
     check_addresses(config)?;
     let ram_below_4g = ram_size.min(layout::RAM_32BIT_END);
@@ -76,6 +81,7 @@ pub fn build(
         panics: config.pvpanic.then(|| Arc::clone(&host.notifier)),
         watchdog: config.watchdog.is_some(),
         acpi_from_reset: !by_firmware,
+        smm,
         sci: line(SCI_IRQ),
         serial: Some((line(COM1_IRQ), console.output())),
         debug: by_firmware.then(|| -> Arc<dyn DebugSink> { Arc::new(FirmwareLog) }),
@@ -85,9 +91,15 @@ pub fn build(
     let conflict = |e| AssemblyError::host("chipset")(&e);
     chipset.attach(&pio).map_err(conflict)?;
     root.claim_config_ports(Some(Arc::clone(&chipset.reset_control) as _)).map_err(conflict)?;
-    let bridge = Arc::new(HostBridge::new((!by_firmware).then_some(layout::ECAM), root.ecam()));
+    let mut bridge = HostBridge::new((!by_firmware).then_some(layout::ECAM), root.ecam());
+    if smm {
+        let mib = u16::try_from(layout::tseg(ram_size).1 >> 20).unwrap_or(u16::MAX);
+        bridge = bridge.with_smram(Smram::new(Box::new(KvmSmram::new(Arc::clone(vm), ram)?), mib));
+    }
+    let bridge = Arc::new(bridge);
     let function = Arc::clone(&bridge) as Arc<dyn PciFunction>;
-    for (slot, function) in [(HOST_BRIDGE_SLOT, function), (LPC_SLOT, Arc::new(LpcBridge::new()) as _)] {
+    let lpc = Arc::new(LpcBridge::new(Arc::clone(&chipset.smi)));
+    for (slot, function) in [(HOST_BRIDGE_SLOT, function), (LPC_SLOT, lpc as _)] {
         root.insert(slot, function).map_err(|e| AssemblyError::host("chipset")(&e))?;
     }
     if let Some(serial) = &chipset.serial {
@@ -96,7 +108,7 @@ pub fn build(
     let generation = config.generation_id.map(|id| {
         let power = Arc::clone(&chipset.power);
         let page = (!by_firmware).then_some(u64::from(layout::GENERATION_PAGE));
-        Arc::new(GenerationId::new(page, id.memory(), memory, power))
+        Arc::new(GenerationId::new(page, id.memory(), ram.shared(), power))
     });
     if let Some(tpm) = &tpm {
         mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _).map_err(conflict)?;
@@ -113,6 +125,8 @@ pub fn build(
         RtcTimer::start(&chipset.rtc, &*host.spawner).map_err(|e| AssemblyError::host("thread of the clock")(&e))?;
     Ok(Platform {
         pio,
+        smm_mmio: Arc::new(Bus::over(Arc::clone(&mmio))),
+        smis: KvmSmis::new(Arc::clone(vm), apic_ids),
         mmio,
         root,
         chipset,
@@ -171,7 +185,13 @@ impl Platform {
     /// What the accesses of vCPUs reach.
     #[must_use]
     pub fn for_vcpus(&self) -> vcpu::Platform {
-        vcpu::Platform { pio: Arc::clone(&self.pio), mmio: Arc::clone(&self.mmio), pci: Arc::clone(&self.root) }
+        vcpu::Platform {
+            pio: Arc::clone(&self.pio),
+            mmio: Arc::clone(&self.mmio),
+            smm_mmio: Arc::clone(&self.smm_mmio),
+            pci: Arc::clone(&self.root),
+            smis: self.smis.clone(),
+        }
     }
 
     /// The TPM, if there is one.
@@ -206,8 +226,9 @@ impl Platform {
     ) -> Result<(), AssemblyError> {
         let Some(wanted) = config.boot.as_ref().and_then(|boot| boot.firmware.as_ref()) else { return Ok(()) };
         let tables = self.tables(apic_ids, true);
+        let (pio, mmio, smm_mmio, smi) = (&self.pio, &self.mmio, &self.smm_mmio, &self.chipset.smi);
         let generation = self.generation.clone();
-        let board = Board { vm, memory, pio: &self.pio, mmio: &self.mmio, tables, generation };
+        let board = Board { vm, memory, pio, mmio, smm_mmio, smi, tables, generation };
         self.firmware = Some(Firmware::attach(wanted, config, host, board)?);
         Ok(())
     }

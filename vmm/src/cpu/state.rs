@@ -83,6 +83,9 @@ impl PowerOnState {
         vcpu.set_debug_regs(&self.debug).map_err(&what)?;
         vcpu.set_lapic(&self.lapic).map_err(&what)?;
         write_msrs(vcpu, &self.msrs)?;
+        // A system management interrupt that has been raised and not looked at yet is one of the events only once they were
+        // read: else it would outlive the reset.
+        vcpu.get_vcpu_events().map_err(&what)?;
         vcpu.set_vcpu_events(&self.events).map_err(&what)
     }
 }

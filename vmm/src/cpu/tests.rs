@@ -16,6 +16,7 @@ use super::vcpu::{EventSink, Platform, VcpuEvent, install_kick_handler};
 use super::{NewVcpus, VcpuSet};
 use crate::boot::{Entry, Mode};
 use crate::kvm;
+use crate::kvm::smm::KvmSmis;
 use crate::memory::Ram;
 
 const CODE: u64 = 0x1000;
@@ -86,7 +87,7 @@ fn guest(code: &[u8], count: u8) -> Option<Guest> {
     install_kick_handler().unwrap();
     let ram = Ram::new(&MemoryConfig::new(ByteSize::mib(128)), &[]).unwrap();
     ram.map().write_slice(code, GuestAddress(CODE)).unwrap();
-    let vm = kvm::create_vm(&kvm, &ram).unwrap();
+    let vm = kvm::create_vm(&kvm, &ram, false).unwrap();
     let new = NewVcpus::create(&kvm, &vm, &CpusConfig { count, ..CpusConfig::default() }, false).unwrap();
     let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
     let port = Arc::new(Recorder::default());
@@ -95,7 +96,9 @@ fn guest(code: &[u8], count: u8) -> Option<Guest> {
     let pci = Arc::new(Root::new(Arc::clone(&mmio), Arc::clone(&pio), Arc::new(NoIoEvents)));
     let (sender, events) = channel();
     let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
-    let vcpus = new.start(&Platform { pio, mmio, pci }, &sink, &PlainThreads).unwrap();
+    let smis = KvmSmis::new(vm, &new.apic_ids);
+    let platform = Platform { pio, smm_mmio: Arc::clone(&mmio), mmio, pci, smis };
+    let vcpus = new.start(&platform, &sink, &PlainThreads).unwrap();
     let guest = Guest { vcpus, port, events, ram };
     guest.reset();
     Some(guest)

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 
 use kvm_bindings::{
-    KVM_EXIT_HYPERV_HCALL, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_HYPERV_HCALL, KVM_RUN_X86_SMM, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rackvisor_devices::bus::{Bus, VmRequest};
@@ -21,6 +22,7 @@ use super::metrics::{Exit, VcpuMetrics};
 use super::state::{self, PowerOnState};
 use crate::boot::Entry;
 use crate::kvm::KvmError;
+use crate::kvm::smm::KvmSmis;
 
 /// What a vCPU is told to do.
 #[derive(Debug)]
@@ -58,20 +60,20 @@ pub struct Platform {
     pub pio: Arc<Bus>,
     /// Memory-mapped registers.
     pub mmio: Arc<Bus>,
+    /// Memory-mapped registers as seen from system management mode.
+    pub smm_mmio: Arc<Bus>,
     /// Moves BARs.
     pub pci: Arc<Root>,
+    /// Raises system management interrupts.
+    pub smis: KvmSmis,
 }
 
 impl Platform {
-    /// Applies what a vCPU must see done before its next instruction; passes on the rest.
-    fn settle(&self, request: Option<VmRequest>) -> Option<VmRequest> {
-        match request {
-            Some(VmRequest::BarsChanged(slot)) => {
-                self.pci.remap(slot);
-                None
-            }
-            other => other,
-        }
+    /// What memory accesses of the vCPU reach that `run` belongs to.
+    fn mmio_of(&self, run: *mut kvm_run) -> &Bus {
+        // SAFETY: the mapping is alive, as the VcpuFd that owns it is; KVM writes the field at each exit.
+        let flags = unsafe { (*run).flags };
+        if u32::from(flags) & KVM_RUN_X86_SMM != 0 { &self.smm_mmio } else { &self.mmio }
     }
 }
 
@@ -240,12 +242,12 @@ impl VcpuThread {
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
                     self.metrics.count(Exit::MmioRead);
-                    self.platform.mmio.read(address, data);
+                    self.platform.mmio_of(run).read(address, data);
                     None
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
                     self.metrics.count(Exit::MmioWrite);
-                    self.platform.mmio.write(address, data)
+                    self.platform.mmio_of(run).write(address, data)
                 }
                 Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {
                     self.metrics.count(Exit::Other);
@@ -278,10 +280,27 @@ impl VcpuThread {
                     }
                 },
             };
-            if let Some(request) = self.platform.settle(request) {
+            if let Some(request) = self.settle(request) {
                 return Some(VcpuEvent::Request(request));
             }
         }
+    }
+
+    /// Applies what this vCPU must see done before its next instruction; passes on the rest.
+    fn settle(&self, request: Option<VmRequest>) -> Option<VmRequest> {
+        match request? {
+            VmRequest::BarsChanged(slot) => self.platform.pci.remap(slot),
+            VmRequest::Smi { broadcast } => {
+                if let Err(error) = self.fd.smi() {
+                    tracing::error!(vcpu = self.index, %error, "KVM refused a system management interrupt");
+                }
+                if broadcast {
+                    self.platform.smis.raise_all_but(self.index);
+                }
+            }
+            other => return Some(other),
+        }
+        None
     }
 
     fn tell_of_panic(&mut self) {

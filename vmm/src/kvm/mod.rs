@@ -6,6 +6,7 @@ pub mod hyperv;
 pub mod interrupts;
 pub mod ioevents;
 pub mod rom;
+pub mod smm;
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_u
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use thiserror::Error;
 
-use crate::memory::{Ram, layout};
+use crate::memory::{Ram, Slot, layout, smram};
 
 /// Why KVM could not be used.
 #[derive(Debug, Error)]
@@ -32,6 +33,12 @@ pub enum KvmError {
         /// What the kernel answered.
         source: kvm_ioctls::Error,
     },
+    /// There is no system management mode.
+    #[error(
+        "this host's KVM has no system management mode ({0}), which boot.firmware.smm asks for: use a host kernel with \
+         CONFIG_KVM_SMM, or firmware without SMM (OVMF_CODE_4M.fd) and no boot.firmware.smm"
+    )]
+    NoSmm(&'static str),
     /// A capability is missing.
     #[error("this host's KVM lacks {0}: run `rackvisor doctor` for what to do")]
     Missing(&'static str),
@@ -70,19 +77,54 @@ pub fn open() -> Result<Kvm, KvmError> {
     }
 }
 
-/// Makes a VM with `ram`, the in-kernel interrupt controllers and the timer of a PC.
+/// Which of KVM's address spaces a memory slot is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddressSpace {
+    /// What vCPUs see.
+    Normal = 0,
+    /// What they see in system management mode.
+    Smm = 1,
+}
+
+impl AddressSpace {
+    /// KVM's number of slot `index` of this address space.
+    #[must_use]
+    pub fn slot(self, index: u32) -> u32 {
+        (self as u32) << 16 | index
+    }
+}
+
+/// Shows `part` of RAM to the guest at slot `index` of an address space; or nothing, with a length of zero.
+///
+/// # Errors
+/// What the kernel answered.
+fn map_ram(vm: &VmFd, space: AddressSpace, index: u32, part: Slot) -> Result<(), kvm_ioctls::Error> {
+    let region = kvm_userspace_memory_region {
+        slot: space.slot(index),
+        flags: 0,
+        guest_phys_addr: part.start,
+        memory_size: part.length,
+        userspace_addr: part.host,
+    };
+    // SAFETY: the mapping outlives the VM: `Machine` drops the VM's descriptors before `Ram`, which stays mapped while
+    // anybody has it.
+    unsafe { vm.set_user_memory_region(region) }
+}
+
+/// Makes a VM with `ram`, the in-kernel interrupt controllers and the timer of a PC. With `smm`, RAM is there in system
+/// management mode as well, and what that has for itself is in slots of its own outside.
 ///
 /// # Errors
 /// [`KvmError`]; nothing is left behind then.
-pub fn create_vm(kvm: &Kvm, ram: &Ram) -> Result<Arc<VmFd>, KvmError> {
+pub fn create_vm(kvm: &Kvm, ram: &Ram, smm: bool) -> Result<Arc<VmFd>, KvmError> {
     let vm = kvm.create_vm().map_err(refused("a new VM"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("the identity map address"))?;
     vm.set_tss_address(layout::KVM_TSS).map_err(refused("the TSS address"))?;
-    for (slot, (guest_phys_addr, memory_size, userspace_addr)) in (0u32..).zip(ram.slots()) {
-        let region = kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
-        // SAFETY: the mapping outlives the VM: `Machine` drops the VM's descriptors before `Ram`, which stays mapped while
-        // anybody has it.
-        unsafe { vm.set_user_memory_region(region) }.map_err(refused("a part of guest RAM"))?;
+    let normal = if smm { smram::cut(ram) } else { ram.slots().collect() };
+    let normal = normal.into_iter().zip(0..).map(|part| (AddressSpace::Normal, part));
+    let inside = ram.slots().zip(0..).filter(|_| smm).map(|part| (AddressSpace::Smm, part));
+    for (space, (part, index)) in normal.chain(inside) {
+        map_ram(&vm, space, index, part).map_err(refused("a part of guest RAM"))?;
     }
     vm.create_irq_chip().map_err(refused("the in-kernel interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };

@@ -8,7 +8,7 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use rackvisor_devices::firmware::{FlashArray, FlashMapping};
 
-use super::KvmError;
+use super::{AddressSpace, KvmError};
 
 /// Memory slots from here on are for flash memory; RAM has those below.
 const FIRST_SLOT: u32 = 500;
@@ -40,10 +40,10 @@ pub struct KvmRom {
 }
 
 impl KvmRom {
-    /// `array` at the guest-physical address `base` of `vm`, not mapped yet.
+    /// `array` at the guest-physical address `base` of an address space of `vm`, not mapped yet.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, bank: Bank, base: u64, array: FlashArray) -> Self {
-        Self { vm, slot: FIRST_SLOT + bank as u32, base, array }
+    pub fn new(vm: Arc<VmFd>, space: AddressSpace, bank: Bank, base: u64, array: FlashArray) -> Self {
+        Self { vm, slot: space.slot(FIRST_SLOT + bank as u32), base, array }
     }
 }
 

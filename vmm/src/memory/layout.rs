@@ -7,6 +7,12 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
+/// Memory of system management mode, where PCs had it first: first address and bytes.
+pub const SMRAM: (u64, u64) = (0xa_0000, 0x2_0000);
+/// Bytes of TSEG, more memory of it, for up to 1 TiB of RAM; and what each further TiB adds: the page tables of firmware that
+/// may touch all of it.
+const TSEG_LEAST: u64 = 16 * MIB;
+const TSEG_PER_TIB: u64 = 8 * MIB;
 /// End of conventional memory; video memory and option ROMs of a PC follow.
 pub const LOW_RAM_END: u64 = 640 * KIB;
 /// Where the direct boot places ACPI tables: the BIOS area in which an OS looks for the RSDP (ACPI 6.5 §5.2.5.1).
@@ -88,6 +94,14 @@ pub fn node_ranges(sizes: &[u64]) -> Vec<Vec<RamRange>> {
         ranges
     });
     nodes.collect()
+}
+
+/// TSEG, the end of `size` bytes of RAM below 4 GiB: first address and bytes.
+#[must_use]
+pub fn tseg(size: u64) -> (u64, u64) {
+    let more_tib = size.div_ceil(1 << 40).saturating_sub(1);
+    let length = TSEG_LEAST + more_tib * TSEG_PER_TIB;
+    (size.min(RAM_32BIT_END) - length, length)
 }
 
 /// The parts of `ranges` that the map of `size` bytes of RAM shows as RAM.
@@ -195,6 +209,13 @@ mod tests {
                 assert!(ram_ranges(size).iter().any(inside), "{entry:?}");
             }
         }
+    }
+
+    #[test]
+    fn tseg_is_the_end_of_low_ram_and_grows_with_big_guests() {
+        assert_eq!(tseg(128 * MIB), (112 * MIB, 16 * MIB));
+        assert_eq!(tseg(5 * GIB), (2 * GIB - 16 * MIB, 16 * MIB));
+        assert_eq!(tseg(16 << 40), (2 * GIB - 136 * MIB, 136 * MIB));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // mmap, madvise and munmap have no safe form.
 
 pub mod layout;
+pub mod smram;
 
 use std::fs::File;
 use std::io;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use rackvisor_api::config::{HugePages, MemoryConfig, NumaNode};
 use rackvisor_devices::GuestMemory;
 use thiserror::Error;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 /// Alignment of every mapping and of the size of RAM, in bytes: the smaller huge page of x86-64.
 pub const ALIGNMENT: usize = 2 << 20;
@@ -40,8 +41,12 @@ pub enum MemoryError {
 /// The RAM of one VM. Dropping it unmaps it, unless somebody still has it: then it is leaked and the log says so, since
 /// a worker that a hung disk holds must never write to memory that is somebody else's by then.
 pub struct Ram {
-    map: Arc<GuestMemoryMmap>,
+    map: GuestMemoryMmap,
     shared: GuestMemory,
+    /// Each is a mapping of this value's own. Every map that anybody has holds them, or the parts.
+    regions: Vec<Arc<GuestRegionMmap>>,
+    /// Parts of the same mappings, for a map in which some of RAM is hidden.
+    parts: Vec<Arc<GuestRegionMmap>>,
     prefault: bool,
 }
 
@@ -69,12 +74,14 @@ impl Ram {
                 }
                 let region = mapping.into_region()?;
                 GuestRegionMmap::new(region, range.start)
+                    .map(Arc::new)
                     .ok_or_else(|| MemoryError::Layout(format!("{range:?} runs past the end of the address space")))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let map = GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Layout(e.to_string()))?;
-        let map = Arc::new(map);
-        Ok(Self { shared: GuestMemory::from(Arc::clone(&map)), map, prefault: config.prefault })
+        let map = GuestMemoryMmap::from_arc_regions(regions.clone());
+        let map = map.map_err(|e| MemoryError::Layout(e.to_string()))?;
+        let shared = GuestMemory::new(map.clone());
+        Ok(Self { map, shared, regions, parts: Vec::new(), prefault: config.prefault })
     }
 
     /// RAM as devices see it.
@@ -92,7 +99,7 @@ impl Ram {
     /// Bytes of RAM.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.map.iter().map(GuestMemoryRegion::len).sum()
+        self.regions.iter().map(|region| region.len()).sum()
     }
 
     /// Makes all of RAM zeros, by giving its pages back to the host. Nobody may use it meanwhile.
@@ -100,7 +107,7 @@ impl Ram {
     /// # Errors
     /// [`MemoryError::Map`] when the host refuses that, or has no pages for RAM that is to be prefaulted.
     pub fn clear(&self) -> Result<(), MemoryError> {
-        for region in self.map.iter() {
+        for region in &self.regions {
             let advice = if region.flags() & libc::MAP_SHARED != 0 { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
             // SAFETY: the range is a mapping of this value; devices and vCPUs, which alone have it besides, stand still.
             if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
@@ -118,22 +125,38 @@ impl Ram {
         Ok(())
     }
 
-    /// Each part of RAM: guest-physical address, bytes, host address.
-    pub fn slots(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-        self.map.iter().map(|region| (region.start_addr().0, region.len(), region.as_ptr() as u64))
+    /// The mappings that RAM consists of, in order of address.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.regions.iter().map(|region| Slot {
+            start: region.start_addr().0,
+            length: region.len(),
+            host: region.as_ptr() as u64,
+        })
     }
+}
+
+/// A part of RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot {
+    /// First guest-physical address.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Address on the host.
+    pub host: u64,
 }
 
 impl Drop for Ram {
     fn drop(&mut self) {
         self.shared = GuestMemory::new(GuestMemoryMmap::new());
-        if Arc::strong_count(&self.map) != 1 {
+        self.map = GuestMemoryMmap::new();
+        if self.regions.iter().chain(&self.parts).any(|region| Arc::strong_count(region) != 1) {
             tracing::error!("guest RAM is still in use by a device that did not stop: it stays mapped");
             return;
         }
-        for region in self.map.iter() {
-            // SAFETY: `Mapping::into_region` made this mapping and gave it up; nobody else holds the map, as the count
-            // above says, and this value is being dropped.
+        for region in &self.regions {
+            // SAFETY: `Mapping::into_region` made this mapping and gave it up; nobody else holds it or a part of it, as the
+            // counts above say, and this value is being dropped.
             unsafe { libc::munmap(region.as_ptr().cast(), region.size()) };
         }
     }
@@ -305,7 +328,7 @@ mod tests {
     fn ram_is_aligned_to_2_mib_zeroed_and_writable_in_every_part() {
         for shared in [false, true] {
             let ram = Ram::new(&config(5 << 10, shared), &[]).unwrap();
-            for (start, length, host) in ram.slots() {
+            for Slot { start, length, host } in ram.slots() {
                 assert_eq!(host % ALIGNMENT as u64, 0);
                 let last = GuestAddress(start + length - 8);
                 assert_eq!(ram.map().read_obj::<u64>(last).unwrap(), 0);
@@ -337,7 +360,7 @@ mod tests {
             host_nodes: host_nodes.to_vec(),
         };
         let ram = Ram::new(&config(128, false), &[node(&[], 64), node(&[0], 64)]).unwrap();
-        let (_, _, host) = ram.slots().next().unwrap();
+        let host = ram.slots().next().unwrap().host;
         if let Ok(maps) = std::fs::read_to_string("/proc/self/numa_maps") {
             let bound = format!("{:x} bind:0", host + (64 << 20));
             assert!(maps.lines().any(|line| line.starts_with(&bound)), "no {bound} in {maps}");
@@ -358,7 +381,7 @@ mod tests {
     #[test]
     fn ram_that_a_device_still_holds_stays_mapped() {
         let ram = Ram::new(&config(128, false), &[]).unwrap();
-        let (_, _, host) = ram.slots().next().unwrap();
+        let host = ram.slots().next().unwrap().host;
         let held = ram.shared();
         drop(ram);
         assert!(is_mapped(host));

@@ -5,7 +5,7 @@ use super::*;
 
 fn block(acpi: bool) -> (PowerManagement, Arc<Line>, Arc<HandClock>) {
     let (line, clock) = (Arc::new(Line::default()), HandClock::at(0));
-    (PowerManagement::new(Arc::clone(&line) as _, Arc::clone(&clock) as _, acpi), line, clock)
+    (PowerManagement::new(Arc::clone(&line) as _, Arc::clone(&clock) as _, acpi, Arc::default()), line, clock)
 }
 
 #[test]
@@ -61,6 +61,22 @@ fn the_apm_port_switches_acpi_mode_and_keeps_its_bytes() {
     assert_eq!(read16(&*power, 4) & SCI_EN, 0);
     write8(&apm, 1, 0x77);
     assert_eq!((read8(&apm, 0), read8(&apm, 1)), (ACPI_DISABLE, 0x77));
+}
+
+#[test]
+fn commands_that_are_not_about_acpi_raise_an_smi_where_there_is_system_management_mode() {
+    let smi = Arc::new(SmiControl::new(true));
+    let power = PowerManagement::new(Arc::<Line>::default(), HandClock::at(0), false, smi);
+    let power = Arc::new(power);
+    let apm = ApmPorts::new(Arc::clone(&power));
+    assert_eq!(apm.write(0, &[0x55]), None);
+    write8(&*power, 0x30, 0x21);
+    assert_eq!(read32(&*power, 0x30), 0x21);
+    assert_eq!(apm.write(0, &[0x55, 1]), Some(VmRequest::Smi { broadcast: false }));
+    assert_eq!((read8(&apm, 0), read8(&apm, 1)), (0x55, 1), "which the handler reads");
+    assert_eq!(apm.write(1, &[0x55]), None);
+    assert_eq!(apm.write(0, &[ACPI_ENABLE]), None);
+    assert_eq!(read16(&*power, 4) & SCI_EN, SCI_EN);
 }
 
 #[test]
@@ -131,9 +147,9 @@ fn a_general_purpose_event_raises_the_sci_when_enabled() {
 #[test]
 fn the_smi_registers_tell_firmware_that_apm_smis_are_set_up() {
     let (power, _, _) = block(false);
-    assert_eq!(read32(&power, 0x30), APMC_EN);
+    assert_eq!(read32(&power, 0x30), 0x20);
     power.write(0x30, &0x8000_0001u32.to_le_bytes());
-    assert_eq!(read32(&power, 0x30), 0x8000_0001 | APMC_EN);
+    assert_eq!(read32(&power, 0x30), 0x8000_0021);
     power.write(0x34, &[0xff; 4]);
     assert_eq!(read32(&power, 0x34), 0);
 }

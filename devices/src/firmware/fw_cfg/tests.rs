@@ -36,7 +36,7 @@ impl Bench {
         let told = Arc::clone(&addresses);
         let take = move |address| told.lock().unwrap().push(address);
         let device = FwCfg::new(memory.clone(), 3, files, Box::new(source));
-        let device = device.with_address(AddressFile { name: "etc/address", take: Box::new(take) });
+        let device = device.with_live_files(vec![("etc/address", Arc::new(AddressFile(Box::new(take))) as _)]);
         Self { device, memory, built, addresses }
     }
 
@@ -171,6 +171,48 @@ fn dma_that_writes_leaves_ram_or_is_too_long_is_an_error() {
     // A command outside of RAM can have no answer.
     bench.device.write(DMA, &u32::MAX.to_be_bytes());
     bench.device.write(DMA_LOW, &u32::MAX.to_be_bytes());
+}
+
+/// Counts how often it was selected, and keeps what was written.
+#[derive(Default)]
+struct Slate(Mutex<(u8, Vec<u8>)>);
+
+impl LiveFile for Slate {
+    fn size(&self) -> usize {
+        2
+    }
+
+    fn select(&self) -> Vec<u8> {
+        let mut state = self.0.lock().unwrap();
+        state.0 += 1;
+        vec![state.0; 2]
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) -> bool {
+        self.0.lock().unwrap().1.extend([&[offset as u8], bytes].concat());
+        offset + bytes.len() <= 2
+    }
+}
+
+#[test]
+fn live_files_are_asked_whenever_they_are_selected_and_take_writes() {
+    let slate = Arc::<Slate>::default();
+    let bench = Bench::new();
+    let bench = Bench { device: bench.device.with_live_files(vec![("etc/live", Arc::clone(&slate) as _)]), ..bench };
+    let (key, size) = bench.find("etc/live");
+    assert_eq!((size, bench.item(key, 3), bench.item(key, 1)), (2, vec![1, 1, 0], vec![2]));
+    assert_eq!(bench.find("etc/fixed"), (0x20, 7), "the others are where they were");
+    assert_eq!(bench.find("etc/first").0, key + 1);
+    bench.memory.memory().write_slice(b"abc", GuestAddress(0x2000)).unwrap();
+    let select = u32::from(key) << 16 | command::SELECT | command::WRITE;
+    assert_eq!(bench.dma(select, 1, 0x2000), 0);
+    assert_eq!(bench.dma(command::WRITE, 1, 0x2001), 0);
+    assert_eq!(bench.dma(command::WRITE, 1, 0x2002), command::ERROR, "beyond its end");
+    assert_eq!(bench.dma(select, 3, 0x2000), command::ERROR, "never more than the file has");
+    assert_eq!(bench.dma(select, 1, RAM), command::ERROR);
+    assert_eq!(slate.0.lock().unwrap().1, b"\0a\x01b\x02c");
+    assert_eq!(bench.item(0x20, 7), b"content");
+    assert_eq!(bench.dma(command::WRITE, 1, 0x2000), command::ERROR, "other files take none");
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn a_million_random_accesses_neither_panic_nor_leave_the_map_wrong() {
     let (mmio, pio, events) = (Arc::new(Bus::new()), Arc::new(Bus::new()), Arc::new(Strict::default()));
     let root = Root::new(Arc::clone(&mmio), Arc::clone(&pio), Arc::clone(&events) as Arc<dyn IoEvents>);
     root.insert(0, Arc::new(HostBridge::new(Some(ECAM), root.ecam()))).unwrap();
-    root.insert(31, Arc::new(LpcBridge::new())).unwrap();
+    root.insert(31, Arc::new(LpcBridge::new(Arc::default()))).unwrap();
     root.claim_config_ports(None).unwrap();
     let drivers = [Driver::new(), Driver::new(), Driver::new()];
     for (slot, driver) in (1..).zip(&drivers) {
