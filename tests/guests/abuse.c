@@ -96,7 +96,7 @@ static int ends(u32 cpu, u32 port, u32 width)
 	u32 end = port + width;
 	int reset = (port <= 0xcf9 && end > 0xcf9) || (port <= 0x64 && end > 0x64) || (port <= 0x92 && end > 0x92);
 	int sleep = port <= 0x605 && end > 0x604;
-	return (reset || sleep) && below(cpu, 2000);
+	return (reset || sleep) && below(cpu, 300);
 }
 
 static u32 some_port(u32 cpu)
