@@ -99,7 +99,6 @@ impl Swtpm {
     ///
     /// # Panics
     /// When its thread has.
-    #[must_use]
     pub fn script(&self) -> MutexGuard<'_, Script> {
         self.script.lock().unwrap()
     }
