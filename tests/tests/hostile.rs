@@ -58,7 +58,7 @@ fn a_guest_that_abuses_everything_leaves_the_vmm_alive_small_quiet_and_answering
     let (vmm, tap) = (Rackvisor::start(), Tap::new());
     let before = vmm.census();
     let mut config = everything(seed, &vmm, &tap);
-    let (mut boots, mut answers, mut longest, mut most, mut exits) = (0, 0, Duration::ZERO, 0, 0);
+    let (mut boots, mut answers, mut longest, mut most, mut exits) = (0, 0_u64, Duration::ZERO, 0, 0);
     let mut ends = Vec::new();
     let end = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < end {
@@ -79,7 +79,7 @@ fn a_guest_that_abuses_everything_leaves_the_vmm_alive_small_quiet_and_answering
         }
         exits = exits.max(exits_of(&vmm));
         most = most.max(resident_mib(vmm.pid()));
-        if answers % 20 == 0 {
+        if answers.is_multiple_of(20) {
             // It may end in the midst of it.
             let _ = vmm.client.act(Action::Pause).and_then(|_| vmm.client.act(Action::Resume));
         }
