@@ -1,7 +1,9 @@
 # The everyday commands. Each does its own set-up: as root on Debian nothing but Rust must be there before.
 CARGO ?= cargo
 
-.PHONY: help demo test lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path bench-uefi static
+SECONDS ?= 30
+
+.PHONY: help demo test fuzz lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path bench-uefi static
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -11,6 +13,9 @@ demo: ## from nothing to a running guest, step by step; hands over its console i
 
 test: ## unit tests, tests with real guests (on KVM, or in the laboratory), and the laboratory's own
 	@tests/run
+
+fuzz: ## fuzzes all that a guest, client or peer can send, each target for SECONDS=30 (fuzz/README.md)
+	@fuzz/run --seconds $(SECONDS)
 
 lint: fmt clippy docs ## formatting, clippy and documentation, warnings are errors
 

@@ -84,6 +84,11 @@ impl Tiny {
         Self::new(text, &body)
     }
 
+    /// Abuses the machine on all processors for ever (`guests/abuse.c`), by random numbers that follow from `seed`.
+    pub fn abuses(seed: u64) -> Self {
+        Self::new(&seed.to_le_bytes(), include_bytes!(concat!(env!("OUT_DIR"), "/abuse.bin")))
+    }
+
     /// Says what it hears.
     pub fn echoes() -> Self {
         #[rustfmt::skip]

@@ -228,10 +228,15 @@ impl Tap {
     }
 
     /// Descriptors that keep frames apart but are no taps (sockets), for tests on machines without taps.
-    #[cfg(test)]
-    pub(super) fn double(fds: Vec<OwnedFd>) -> Self {
+    ///
+    /// # Panics
+    /// If they cannot be made non-blocking.
+    #[cfg(any(test, feature = "test-double"))]
+    #[expect(clippy::expect_used, reason = "a test fails by panicking, also in its helpers")]
+    #[must_use]
+    pub fn double(fds: Vec<OwnedFd>) -> Self {
         for fd in &fds {
-            sys::set_nonblocking(fd.as_fd()).unwrap();
+            sys::set_nonblocking(fd.as_fd()).expect("a descriptor of a socket");
         }
         let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
         let mut tap = Self::new("double".to_owned(), queues, None);

@@ -1,4 +1,10 @@
 //! A swtpm of a few lines: the control channel as the real one speaks it, and answers as a test wants them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking, also in its helpers"
+)]
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -30,7 +36,9 @@ pub enum Mode {
 
 /// What a test may change and look at.
 pub struct Script {
+    /// What happens to the next command.
     pub mode: Mode,
+    /// What the control channel says that it can do.
     pub capabilities: u64,
     /// A control command that is refused, and the result.
     pub refuse: Option<(u32, u32)>,
@@ -38,6 +46,7 @@ pub struct Script {
     pub deaf: bool,
     /// Answers as a TPM 1.2.
     pub old: bool,
+    /// The tpmEstablished flag.
     pub established: bool,
     /// Control commands so far.
     pub controls: Vec<u32>,
@@ -46,6 +55,7 @@ pub struct Script {
     ended: bool,
 }
 
+/// The double, served by a thread until it is dropped.
 pub struct Swtpm {
     _folder: TempDir,
     socket: PathBuf,
@@ -54,6 +64,11 @@ pub struct Swtpm {
 }
 
 impl Swtpm {
+    /// Begins to listen.
+    ///
+    /// # Panics
+    /// When there is no room for its socket.
+    #[must_use]
     pub fn start() -> Self {
         let folder = TempDir::new().unwrap();
         let socket = folder.as_path().join("ctrl");
@@ -74,10 +89,16 @@ impl Swtpm {
         Self { _folder: folder, socket, script, thread }
     }
 
+    /// Its control socket.
+    #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
+    /// What may be changed and looked at.
+    ///
+    /// # Panics
+    /// When its thread has.
     pub fn script(&self) -> MutexGuard<'_, Script> {
         self.script.lock().unwrap()
     }

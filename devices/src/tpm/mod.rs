@@ -16,8 +16,8 @@
 //! could then make them say anything.
 
 mod crb;
-#[cfg(test)]
-mod double;
+#[cfg(any(test, feature = "test-double"))]
+pub mod double;
 mod link;
 mod ppi;
 mod sys;
