@@ -6,6 +6,7 @@
 //!
 //! A library does not filter its process: embedders that want it hand [`Filters`] to their control loop.
 
+mod heaps;
 mod policy;
 mod report;
 #[cfg(test)]
@@ -80,6 +81,7 @@ impl Filters {
             Mode::Off => return Ok(Self { programs: None }),
         };
         let programs = Arc::new(policy::compile(&mismatch, TargetArch::x86_64)?);
+        heaps::limit();
         if mode == Mode::On {
             report::handle_violations().map_err(SeccompError::Handler)?;
         }
