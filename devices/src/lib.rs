@@ -51,13 +51,76 @@ pub trait IoEvents: Send + Sync {
     fn unregister(&self, address: u64, event: &EventFd) -> io::Result<()>;
 }
 
+/// What a thread does, and so which system calls it may make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ThreadKind {
+    /// Runs a vCPU.
+    Vcpu,
+    /// Serves a queue of a disk.
+    Block,
+    /// Serves a pair of queues of a NIC.
+    Net,
+    /// Serves the queue of the entropy device.
+    Rng,
+    /// Looks after the reservation of a disk.
+    Reservation,
+    /// Speaks with those who read and type on the console.
+    Console,
+    /// Speaks with swtpm.
+    Tpm,
+    /// Waits for interrupts of the clock.
+    Rtc,
+    /// Writes variables of firmware.
+    Flash,
+    /// Loads kernel and initrd.
+    Images,
+    /// Does what may wait, and starts all others.
+    Jobs,
+}
+
+impl ThreadKind {
+    /// Every kind.
+    pub const ALL: [Self; 11] = [
+        Self::Vcpu,
+        Self::Block,
+        Self::Net,
+        Self::Rng,
+        Self::Reservation,
+        Self::Console,
+        Self::Tpm,
+        Self::Rtc,
+        Self::Flash,
+        Self::Images,
+        Self::Jobs,
+    ];
+
+    /// Its name, which is that of its policy in `resources/seccomp`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vcpu => "vcpu",
+            Self::Block => "block",
+            Self::Net => "net",
+            Self::Rng => "rng",
+            Self::Reservation => "reservation",
+            Self::Console => "console",
+            Self::Tpm => "tpm",
+            Self::Rtc => "rtc",
+            Self::Flash => "flash",
+            Self::Images => "images",
+            Self::Jobs => "jobs",
+        }
+    }
+}
+
 /// Starts the threads of this VM. The owner names them, puts them under their system-call filter and joins them at the end.
 pub trait ThreadSpawner: Send + Sync {
-    /// Starts a thread called `name` (at most 15 bytes are shown by the kernel) that runs `body`.
+    /// Starts a thread called `name` (at most 15 bytes are shown by the kernel) that runs `body`, which
+    /// does what threads of this `kind` do.
     ///
     /// # Errors
     /// What the kernel answered when it refused another thread.
-    fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>;
+    fn spawn(&self, kind: ThreadKind, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>;
 }
 
 /// Starts plain threads, for tests and for embedders without filters.
@@ -65,7 +128,7 @@ pub trait ThreadSpawner: Send + Sync {
 pub struct PlainThreads;
 
 impl ThreadSpawner for PlainThreads {
-    fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
+    fn spawn(&self, _kind: ThreadKind, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
         std::thread::Builder::new().name(name.to_owned()).spawn(body)
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rackvisor::seccomp::Mode;
 use tracing_subscriber::EnvFilter;
 
 /// Virtual machine monitor for SAN-backed, SDN-connected datacenters: one process runs one VM.
@@ -21,6 +22,9 @@ pub struct Cli {
     /// How log lines look.
     #[arg(long, global = true, value_name = "FORMAT", default_value = "human")]
     pub log_format: LogFormat,
+    /// What happens to a thread that makes a system call which it is not meant to make.
+    #[arg(long, global = true, value_name = "MODE", env = "RACKVISOR_SECCOMP", default_value = "on")]
+    pub seccomp: Seccomp,
 }
 
 const EXIT_CODES: &str = "\
@@ -30,6 +34,7 @@ Exit codes:
   2  the command line is wrong
   3  the guest crashed
   4  doctor: this host cannot run stock kernels
+  159  a thread made a system call that it is not meant to make, which standard error tells
 
 Examples:
   rackvisor --api-socket /run/rackvisor/db01.sock
@@ -43,6 +48,27 @@ pub enum LogFormat {
     Human,
     /// One line without time stamps, for journald, which has its own.
     Plain,
+}
+
+/// What filters of system calls do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Seccomp {
+    /// The call is not made, and the program says which it was and ends.
+    On,
+    /// The call is made, and the kernel logs it: for diagnosis.
+    Log,
+    /// There are no filters.
+    Off,
+}
+
+impl From<Seccomp> for Mode {
+    fn from(choice: Seccomp) -> Self {
+        match choice {
+            Seccomp::On => Self::On,
+            Seccomp::Log => Self::Log,
+            Seccomp::Off => Self::Off,
+        }
+    }
 }
 
 /// What to do instead of serving the API.

@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod doctor;
 pub mod kvm;
 pub mod memory;
+pub mod seccomp;
 pub mod telemetry;
 mod vm;
 

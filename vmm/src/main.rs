@@ -21,8 +21,8 @@ fn main() -> ExitCode {
             print!("{report}");
             return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
         }
-        Some(Command::Run { file }) => serve::run(&file, inherited_taps),
-        None => serve::serve(&cli.serve, inherited_taps),
+        Some(Command::Run { file }) => serve::run(&file, cli.seccomp.into(), inherited_taps),
+        None => serve::serve(&cli.serve, cli.seccomp.into(), inherited_taps),
     };
     match outcome {
         Ok(code) => code,

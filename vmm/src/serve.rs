@@ -9,10 +9,10 @@ use std::sync::{Arc, OnceLock};
 use rackvisor::VmConfig;
 use rackvisor::assembly::{HostOptions, InheritedTaps, StdioHooks};
 use rackvisor::control::{ControlLoop, LastWord, Lifetime, Mailbox, Message};
+use rackvisor::seccomp::{Filters, Mode, Policy};
 use rackvisor_api::config::{SerialConfig, SerialMode};
 use rackvisor_api::server::Server;
 use rackvisor_api::state::VmState;
-use rackvisor_devices::PlainThreads;
 use rackvisor_devices::console::RawTerminal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
@@ -26,10 +26,11 @@ pub const EXIT_UNFIT: u8 = 4;
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
 /// Serves the API until a signal ends the process.
-pub fn serve(options: &Serve, inherited_taps: InheritedTaps) -> Outcome {
+pub fn serve(options: &Serve, seccomp: Mode, inherited_taps: InheritedTaps) -> Outcome {
     let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
     let host = HostOptions { inherited_taps, ..HostOptions::default() };
-    let mut control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::Served, host)?;
+    let filters = Filters::new(seccomp)?;
+    let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::Served, host)?;
     let server = match (options.api_fd, options.api_socket.as_deref()) {
         (Some(number), _) => Server::inherit(number)?,
         (None, Some(socket)) => Server::bind(socket)?,
@@ -41,7 +42,9 @@ pub fn serve(options: &Serve, inherited_taps: InheritedTaps) -> Outcome {
     if let Some(config) = config {
         control.start_with(config, options.boot);
     }
-    let server = server.start(Arc::new(control.handle()), || Ok(()))?;
+    let for_api = filters.clone();
+    let server = server.start(Arc::new(control.handle()), move || Ok(for_api.enter(Policy::Api, "api")?))?;
+    filters.enter(Policy::Control, "main")?;
     let last = control.run()?;
     server.stop();
     match last.failure {
@@ -51,7 +54,7 @@ pub fn serve(options: &Serve, inherited_taps: InheritedTaps) -> Outcome {
 }
 
 /// Boots the VM of `file` with its console on this terminal, and ends with it.
-pub fn run(file: &Path, inherited_taps: InheritedTaps) -> Outcome {
+pub fn run(file: &Path, seccomp: Mode, inherited_taps: InheritedTaps) -> Outcome {
     let mut config = VmConfig::from_file(file)?;
     config.serial = SerialConfig { mode: SerialMode::Stdio, path: None };
     // The loop makes the mailbox that the hook, which the loop is made with, writes to.
@@ -63,11 +66,13 @@ pub fn run(file: &Path, inherited_taps: InheritedTaps) -> Outcome {
         }
     };
     let options = HostOptions { stdio: StdioHooks { escape: Some(Arc::new(leave)) }, inherited_taps };
-    let mut control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::WithGuest, options)?;
+    let filters = Filters::new(seccomp)?;
+    let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::WithGuest, options)?;
     let _ = mailbox.set(control.handle().mailbox);
     control.end_on(signals(&[SIGTERM, SIGINT, SIGHUP])?);
     control.start_with(config, true);
     let terminal = RawTerminal::new()?;
+    filters.enter(Policy::Control, "main")?;
     let last = control.run();
     drop(terminal);
     match last? {

@@ -26,7 +26,7 @@ use crate::limiter::{Limiter, Limits};
 use crate::metrics::MetricSource;
 use crate::virtio::ring::Ring;
 use crate::virtio::{Activation, ActiveQueue, DeviceType, StartError, StillBusy, StoppedQueue, VirtioDevice};
-use crate::{DeviceNotifier, GuestMemory, ThreadSpawner, scheduling};
+use crate::{DeviceNotifier, GuestMemory, ThreadKind, ThreadSpawner, scheduling};
 
 const INDIRECT_DESC: u32 = 28;
 const MAX_QUEUES: u16 = 64;
@@ -276,7 +276,9 @@ impl VirtioBlock {
             depth: options.queue_size,
         };
         let name = thread_name(&options.id, &format!(".q{index}"));
-        let thread = spawner.spawn(&name, Box::new(move || Worker::run(parts))).map_err(lacking("a thread"))?;
+        let thread = spawner
+            .spawn(ThreadKind::Block, &name, Box::new(move || Worker::run(parts)))
+            .map_err(lacking("a thread"))?;
         if let Some(cpus) = options.affinity.get(index).or_else(|| options.affinity.first()) {
             scheduling::pin(&thread, cpus).map_err(|error| BlockError::Affinity { thread: name, error })?;
         }

@@ -20,6 +20,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -46,6 +47,9 @@ const SPARE_ENTRIES: u32 = 8;
 /// Marks completions in `user_data`: the request id below it, or the signal and its generation.
 const TAG_SIGNAL: u64 = 1 << 32;
 const TAG_IGNORED: u64 = 1 << 33;
+
+/// What a restricted ring is still told by its thread: IORING_REGISTER_ENABLE_RINGS and IORING_UNREGISTER_FILES.
+const RESTRICTED_TO: [u8; 2] = [12, 3];
 
 struct Task {
     transfer: Transfer,
@@ -111,6 +115,12 @@ impl UringBackend {
             }
         }
         ring.submitter().register_files(&[file.as_raw_fd()]).map_err(failed("registering the disk"))?;
+        // What goes through a ring no filter of system calls sees.
+        let mut restrictions: Vec<_> = needed.map(|(code, _)| Restriction::sqe_op(code)).into();
+        let flags = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
+        restrictions.push(Restriction::sqe_flags_allowed(flags.bits()));
+        restrictions.extend(RESTRICTED_TO.map(Restriction::register_op));
+        ring.submitter().register_restrictions(&mut restrictions).map_err(failed("restricting the ring"))?;
         let task = || Task {
             transfer: Transfer::new(Operation::Flush, 0, 0, 1),
             vectors: Vectors::default(),

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::ThreadSpawner;
+use crate::{ThreadKind, ThreadSpawner};
 
 use backlog::Shared;
 use server::{Control, Opened, Server};
@@ -162,7 +162,8 @@ impl Console {
         }
         let mut server = Server::new(Arc::clone(&shared), Arc::clone(&control)).map_err(setup("epoll"))?;
         let opened = open(&mut server)?;
-        let thread = spawner.spawn("console", Box::new(move || server.run())).map_err(setup("thread"))?;
+        let thread =
+            spawner.spawn(ThreadKind::Console, "console", Box::new(move || server.run())).map_err(setup("thread"))?;
         Ok(Self { shared, control, thread: Some(thread), pty_path: opened.pty_path, _socket: opened.socket })
     }
 

@@ -99,7 +99,7 @@ fn count_threads() -> usize {
 struct Named(&'static str);
 
 impl ThreadSpawner for Named {
-    fn spawn(&self, _name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
+    fn spawn(&self, _kind: ThreadKind, _name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
         std::thread::Builder::new().name(self.0.to_owned()).spawn(body)
     }
 }

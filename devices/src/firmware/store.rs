@@ -7,8 +7,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::ThreadSpawner;
 use crate::block::LockedFile;
+use crate::{ThreadKind, ThreadSpawner};
 
 /// Keeps the content of flash memory.
 pub trait FlashStore: Send {
@@ -59,7 +59,7 @@ impl Writer {
                 }
             }
         };
-        let thread = Some(spawner.spawn("flash", Box::new(body))?);
+        let thread = Some(spawner.spawn(ThreadKind::Flash, "flash", Box::new(body))?);
         Ok(Self { jobs: Some(jobs), answers, outstanding: false, thread })
     }
 

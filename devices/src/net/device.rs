@@ -23,7 +23,7 @@ use super::worker::{Message, Start, Worker};
 use crate::limiter::Limits;
 use crate::metrics::MetricSource;
 use crate::virtio::{Activation, DeviceType, StartError, StillBusy, StoppedQueue, TransportSignals, VirtioDevice};
-use crate::{DeviceNotifier, ThreadSpawner};
+use crate::{DeviceNotifier, ThreadKind, ThreadSpawner};
 
 /// VIRTIO_F_RING_INDIRECT_DESC, which the transport offers.
 pub(super) const RING_INDIRECT_DESC: u32 = 28;
@@ -280,7 +280,7 @@ impl VirtioNet {
             };
             let worker = Worker::new(index, Arc::clone(&card.shared), kernel, inbox, outbox);
             let worker = worker.map_err(host("make an epoll"))?;
-            let thread = spawner.spawn(&format!("{id}.q{index}"), Box::new(move || worker.run()));
+            let thread = spawner.spawn(ThreadKind::Net, &format!("{id}.q{index}"), Box::new(move || worker.run()));
             let thread = Some(thread.map_err(host("start a thread"))?);
             card.workers.push(WorkerHandle { messages, stopped, thread });
         }

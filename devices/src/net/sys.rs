@@ -76,13 +76,6 @@ pub(super) fn interface(fd: BorrowedFd<'_>) -> io::Result<(String, u16)> {
     Ok((name, u16::from_le_bytes([low, high])))
 }
 
-/// Whether an interface with this name exists in this network namespace.
-pub(super) fn interface_exists(name: &str) -> bool {
-    let request = IfReq::new(name, 0);
-    // SAFETY: the name is NUL-terminated within its array.
-    unsafe { libc::if_nametoindex(request.name.as_ptr().cast()) != 0 }
-}
-
 /// The flags that the kernel's tap driver knows.
 pub(super) fn driver_features(fd: BorrowedFd<'_>) -> io::Result<u32> {
     let mut features = 0;
@@ -139,34 +132,12 @@ pub(super) fn detach_filter(fd: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNDETACHFILTER, 0) })
 }
 
-/// The MTU of an interface of this network namespace, in bytes.
-pub(super) fn mtu(name: &str) -> io::Result<u32> {
-    u32::try_from(ask(name, libc::SIOCGIFMTU)?.value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
-}
-
-/// Whether an interface of this network namespace is up.
-pub(super) fn is_up(name: &str) -> io::Result<bool> {
-    Ok(ask(name, libc::SIOCGIFFLAGS)?.value & libc::IFF_UP != 0)
-}
-
-/// Asks for a property of an interface of this network namespace.
-fn ask(name: &str, property: libc::c_ulong) -> io::Result<IfReq> {
-    let mut request = IfReq::new(name, 0);
-    ifreq_ioctl(socket()?.as_fd(), property, &mut request)?;
-    Ok(request)
-}
-
 /// The Ethernet address of an interface, with its kind: `sa_family` and the first bytes of `sa_data`.
 pub(super) type Address = [u8; 8];
 
 /// The address of the interface behind `fd`, wherever that is.
 pub(super) fn address(fd: BorrowedFd<'_>) -> io::Result<Address> {
     read_address(fd, "")
-}
-
-/// The address of an interface of this network namespace.
-pub(super) fn address_of(name: &str) -> io::Result<Address> {
-    read_address(socket()?.as_fd(), name)
 }
 
 fn read_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<Address> {
@@ -176,12 +147,44 @@ fn read_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<Address> {
     Ok([a, b, c, d, e, f, g, h])
 }
 
-/// A socket to ask about interfaces.
-fn socket() -> io::Result<OwnedFd> {
-    // SAFETY: no pointers are passed; the result is checked before it is owned.
-    let socket = value(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
-    // SAFETY: the descriptor was just made and belongs to nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+/// A socket to ask about interfaces of this network namespace. It is made where a tap is opened: the threads that serve one
+/// may make none.
+pub(super) struct Asker(OwnedFd);
+
+impl Asker {
+    pub(super) fn new() -> io::Result<Self> {
+        // SAFETY: no pointers are passed; the result is checked before it is owned.
+        let socket = value(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+        // SAFETY: the descriptor was just made and belongs to nobody else.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(socket) }))
+    }
+
+    /// Whether an interface with this name exists.
+    pub(super) fn exists(&self, name: &str) -> bool {
+        self.ask(name, libc::SIOCGIFINDEX).is_ok()
+    }
+
+    /// The MTU of an interface, in bytes.
+    pub(super) fn mtu(&self, name: &str) -> io::Result<u32> {
+        let mtu = self.ask(name, libc::SIOCGIFMTU)?.value;
+        u32::try_from(mtu).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+    }
+
+    /// Whether an interface is up.
+    pub(super) fn is_up(&self, name: &str) -> io::Result<bool> {
+        Ok(self.ask(name, libc::SIOCGIFFLAGS)?.value & libc::IFF_UP != 0)
+    }
+
+    /// The address of an interface.
+    pub(super) fn address(&self, name: &str) -> io::Result<Address> {
+        read_address(self.0.as_fd(), name)
+    }
+
+    fn ask(&self, name: &str, property: libc::c_ulong) -> io::Result<IfReq> {
+        let mut request = IfReq::new(name, 0);
+        ifreq_ioctl(self.0.as_fd(), property, &mut request)?;
+        Ok(request)
+    }
 }
 
 /// Whether both descriptors lead to one open file. A kernel that cannot tell (CONFIG_KCMP) says no.

@@ -138,6 +138,8 @@ pub struct Tap {
     uso: bool,
     /// How it was opened by its name; `None` if it came as descriptors.
     flags: Option<u16>,
+    /// `None` for what is not a real tap, in tests.
+    asker: Option<sys::Asker>,
     /// The header size that was found. `None` for what is not a real tap, in tests.
     found_header: Option<i32>,
     /// Bytes of the header before each frame.
@@ -187,6 +189,12 @@ impl Tap {
     fn from_checked(name: String, fds: Vec<OwnedFd>, flags: Option<u16>) -> Result<Self, TapError> {
         let queues = fds.into_iter().map(|fd| TapQueue { fd, attached: AtomicBool::new(true) }).collect();
         let mut tap = Self::new(name, queues, flags);
+        tap.asker = match sys::Asker::new() {
+            Ok(asker) => Some(asker),
+            Err(error) => {
+                return Err(TapError::Kernel { name: tap.name.clone(), action: "tell about interfaces", error });
+            }
+        };
         // Dropped after a failure, it puts back what was set so far.
         match tap.prepare() {
             Ok(()) => Ok(tap),
@@ -200,6 +208,7 @@ impl Tap {
             queues,
             uso: false,
             flags,
+            asker: None,
             found_header: None,
             header: AtomicUsize::new(HEADER_SIZE),
             steered: AtomicBool::new(false),
@@ -266,8 +275,8 @@ impl Tap {
     pub(super) fn check(&self) -> io::Result<()> {
         let Some(fd) = self.control() else { return Ok(()) };
         sys::interface(fd)?;
-        match sys::is_up(&self.name) {
-            Ok(false) => Err(io::Error::from_raw_os_error(libc::EIO)),
+        match self.asker.as_ref().map(|asker| asker.is_up(&self.name)) {
+            Some(Ok(false)) => Err(io::Error::from_raw_os_error(libc::EIO)),
             // One in another network namespace cannot be asked by its name.
             _ => Ok(()),
         }
@@ -301,7 +310,8 @@ impl Tap {
     /// # Errors
     /// [`TapError`]; everything is as before then.
     pub(super) fn reopen(&self) -> Result<(), TapError> {
-        let Some(flags) = self.flags.filter(|_| sys::interface_exists(&self.name)) else {
+        let Some(flags) = self.flags.filter(|_| self.asker.as_ref().is_some_and(|asker| asker.exists(&self.name)))
+        else {
             return Err(TapError::Missing(self.name.clone()));
         };
         let queues = self.queues();
@@ -347,10 +357,10 @@ impl Tap {
     /// The interface's MTU in bytes, where it is in this network namespace.
     #[must_use]
     pub fn mtu(&self) -> Option<u32> {
-        let fd = self.control()?;
+        let (fd, asker) = (self.control()?, self.asker.as_ref()?);
         // Behind descriptors may be an interface of another namespace, of which another one has the name here.
-        let here = self.flags.is_some() || sys::address(fd).ok()? == sys::address_of(&self.name).ok()?;
-        here.then(|| sys::mtu(&self.name).ok()).flatten()
+        let here = self.flags.is_some() || sys::address(fd).ok()? == asker.address(&self.name).ok()?;
+        here.then(|| asker.mtu(&self.name).ok()).flatten()
     }
 
     /// The descriptor of one queue.
@@ -465,7 +475,7 @@ fn attach(name: &str, queues: u16) -> Result<(Vec<OwnedFd>, u16), TapError> {
     if queues == 0 || queues > MAX_QUEUES {
         return Err(TapError::Count { name: name.to_owned(), count: queues.into() });
     }
-    let existed = sys::interface_exists(name);
+    let existed = sys::Asker::new().is_ok_and(|asker| asker.exists(name));
     let mut flags = WANTED_FLAGS | if queues > 1 { sys::IFF_MULTI_QUEUE } else { 0 };
     let mut fds = Vec::new();
     for _ in 0..queues {

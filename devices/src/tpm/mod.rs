@@ -43,7 +43,7 @@ use self::link::Link;
 use self::worker::{Message, Worker};
 use crate::metrics::MetricSource;
 use crate::virtio::StillBusy;
-use crate::{DeviceNotifier, ThreadSpawner};
+use crate::{DeviceNotifier, ThreadKind, ThreadSpawner};
 
 /// Guest-physical address of the registers.
 pub const BASE: u64 = 0xfed4_0000;
@@ -185,7 +185,7 @@ impl Tpm {
         let shared = Arc::new(Shared::new(id, notifier, wake, established));
         let (messages, inbox) = mpsc::channel();
         let worker = Worker::new(Arc::clone(&shared), inbox, socket, link, deadlines);
-        let thread = spawner.spawn("tpm", Box::new(move || worker.run())).map_err(host("a thread"))?;
+        let thread = spawner.spawn(ThreadKind::Tpm, "tpm", Box::new(move || worker.run())).map_err(host("a thread"))?;
         let registers = Arc::new(Crb::new(Arc::clone(&shared), messages.clone()));
         Ok(Self { shared, registers, ppi: Arc::new(Ppi::new()), messages, thread: Some(thread) })
     }

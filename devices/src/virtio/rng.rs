@@ -20,7 +20,7 @@ use super::ring::{Chain, Ring, RingError};
 use super::{Activation, ActiveQueue, DeviceType, StartError, StillBusy, StoppedQueue, TransportSignals, VirtioDevice};
 use crate::interrupt::QueueInterrupt;
 use crate::metrics::{Counter, MetricSource, Sample, Value};
-use crate::{DeviceEvent, DeviceNotifier, GuestMemory, ThreadSpawner};
+use crate::{DeviceEvent, DeviceNotifier, GuestMemory, ThreadKind, ThreadSpawner};
 
 /// Most bytes that one chain gets.
 pub const MAX_BYTES: usize = 64 << 10;
@@ -137,7 +137,7 @@ impl VirtioRng {
         let (outbox, stopped) = mpsc::channel();
         let buffer = vec![0; MAX_BYTES].into_boxed_slice();
         let worker = Worker { shared: Arc::clone(&shared), inbox, outbox, epoll, running: None, buffer };
-        let thread = spawner.spawn(&format!("{id}.q0"), Box::new(move || worker.run()));
+        let thread = spawner.spawn(ThreadKind::Rng, &format!("{id}.q0"), Box::new(move || worker.run()));
         let thread = Some(thread.map_err(host("start a thread"))?);
         Ok(Self { shared, messages, stopped, thread, lifecycle: Lifecycle::Stopped })
     }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
 
-use rackvisor_devices::{GuestMemory, ThreadSpawner};
+use rackvisor_devices::{GuestMemory, ThreadKind, ThreadSpawner};
 use vm_memory::GuestAddressSpace;
 
 use super::{BootError, BootImages, LoadedImages};
@@ -34,7 +34,7 @@ impl Loading {
             // Nobody waits any more if something else of the machine could not be made.
             let _ = done.send((images, loaded));
         };
-        Ok(Self { thread: Some(spawner.spawn("images", Box::new(body))?), outcome })
+        Ok(Self { thread: Some(spawner.spawn(ThreadKind::Images, "images", Box::new(body))?), outcome })
     }
 
     /// Waits for the end.

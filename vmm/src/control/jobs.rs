@@ -3,7 +3,7 @@
 use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 
-use rackvisor_devices::ThreadSpawner;
+use rackvisor_devices::{ThreadKind, ThreadSpawner};
 
 /// Work that may wait for a disk. It tells its outcome by a message to the control thread.
 pub type Job = Box<dyn FnOnce() + Send>;
@@ -22,7 +22,8 @@ impl Jobs {
     /// What the kernel answered.
     pub fn new(spawner: &dyn ThreadSpawner) -> std::io::Result<Self> {
         let (queue, jobs) = mpsc::channel::<Job>();
-        let thread = spawner.spawn("jobs", Box::new(move || jobs.into_iter().for_each(|job| job())))?;
+        let thread =
+            spawner.spawn(ThreadKind::Jobs, "jobs", Box::new(move || jobs.into_iter().for_each(|job| job())))?;
         Ok(Self { queue: Some(queue), thread: Some(thread) })
     }
 

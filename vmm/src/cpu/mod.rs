@@ -19,8 +19,8 @@ use std::time::Duration;
 use kvm_bindings::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use rackvisor_api::config::{CpuModelName, CpusConfig};
-use rackvisor_devices::ThreadSpawner;
 use rackvisor_devices::metrics::MetricSource;
+use rackvisor_devices::{ThreadKind, ThreadSpawner};
 use thiserror::Error;
 use vmm_sys_util::signal::Killable;
 
@@ -173,7 +173,7 @@ impl NewVcpus {
                 panic_told: false,
             };
             let handle = spawner
-                .spawn(&format!("vcpu{index}"), Box::new(move || thread.run()))
+                .spawn(ThreadKind::Vcpu, &format!("vcpu{index}"), Box::new(move || thread.run()))
                 .map_err(|source| CpuError::Thread { index, source })?;
             set.vcpus.push(Vcpu { index, sender, handle: Some(handle), metrics });
         }

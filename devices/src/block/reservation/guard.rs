@@ -11,7 +11,7 @@ use tracing::{error, warn};
 
 use super::{Reservation, ReservationError, Standing};
 use crate::block::shared::Disk;
-use crate::{DeviceEvent, ThreadSpawner};
+use crate::{DeviceEvent, ThreadKind, ThreadSpawner};
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -65,7 +65,7 @@ impl Guard {
         let (pokes, poked) = mpsc::sync_channel(1);
         let (end, ended) = mpsc::channel();
         let parts = Parts { disk: Arc::clone(disk), reservation, interval: guard.interval, poked, end };
-        let thread = spawner.spawn(name, Box::new(move || parts.run()))?;
+        let thread = spawner.spawn(ThreadKind::Reservation, name, Box::new(move || parts.run()))?;
         *lock(&guard.pokes) = Some(pokes);
         Ok(Some(GuardThread { thread, ended }))
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::calendar::{DateTime, NANOSECONDS};
 use super::{A, A_DIVIDER, A_DIVIDER_RUN, ALARM, B, ENABLES, Now, PERIODIC, Rtc, State, UPDATE};
-use crate::ThreadSpawner;
+use crate::{ThreadKind, ThreadSpawner};
 
 const SECONDS_ALARM: u8 = 0x01;
 const MINUTES_ALARM: u8 = 0x03;
@@ -173,7 +173,7 @@ impl RtcTimer {
     /// What the kernel answered when it refused another thread.
     pub fn start(rtc: &Arc<Rtc>, spawner: &dyn ThreadSpawner) -> io::Result<Self> {
         let theirs = Arc::clone(rtc);
-        let thread = spawner.spawn("rtc", Box::new(move || theirs.run()))?;
+        let thread = spawner.spawn(ThreadKind::Rtc, "rtc", Box::new(move || theirs.run()))?;
         Ok(Self { rtc: Arc::clone(rtc), thread: Some(thread) })
     }
 }
