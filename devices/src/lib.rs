@@ -23,7 +23,7 @@ pub mod pci;
 mod scheduling;
 pub mod smbios;
 mod syscall;
-mod throttle;
+pub mod throttle;
 pub mod tpm;
 pub mod virtio;
 

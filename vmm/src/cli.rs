@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
+use crate::log::{Destination, Log};
+
 /// Virtual machine monitor for SAN-backed, SDN-connected datacenters: one process runs one VM.
 #[derive(Debug, Parser)]
 #[command(version, subcommand_negates_reqs = true, after_help = EXIT_CODES)]
@@ -15,12 +17,15 @@ pub struct Cli {
     /// How to serve.
     #[command(flatten)]
     pub serve: Serve,
-    /// What to log to standard error, e.g. `warn` or `info,rackvisor::control=debug`.
+    /// What to log, e.g. `warn` or `info,rackvisor::control=debug`.
     #[arg(long, global = true, value_name = "FILTER", env = "RACKVISOR_LOG", default_value = "info")]
     pub log: String,
     /// How log lines look.
     #[arg(long, global = true, value_name = "FORMAT", default_value = "human")]
     pub log_format: LogFormat,
+    /// Where to log: stderr, file:PATH (opened anew after SIGHUP), journald or syslog.
+    #[arg(long, global = true, value_name = "WHERE", default_value = "stderr")]
+    pub log_to: Destination,
 }
 
 const EXIT_CODES: &str = "\
@@ -41,8 +46,10 @@ Examples:
 pub enum LogFormat {
     /// One line for people.
     Human,
-    /// One line without time stamps, for journald, which has its own.
+    /// One line without time stamps, for those who have their own, as journald does.
     Plain,
+    /// One line of JSON, for programs.
+    Json,
 }
 
 /// What to do instead of serving the API.
@@ -77,16 +84,15 @@ pub struct Serve {
 
 impl Cli {
     /// Starts logging as the command line says.
-    pub fn start_log(&self) {
+    ///
+    /// # Errors
+    /// The log cannot be opened.
+    pub fn start_log(&self) -> std::io::Result<Log> {
         let filter = EnvFilter::try_new(&self.log).unwrap_or_else(|error| {
             eprintln!("rackvisor: --log {}: {error}; logging `info`", self.log);
             EnvFilter::new("info")
         });
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-        match self.log_format {
-            LogFormat::Human => log.with_ansi(false).init(),
-            LogFormat::Plain => log.with_ansi(false).without_time().init(),
-        }
+        Log::start(&self.log_to, self.log_format, filter)
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use rackvisor::VmConfig;
@@ -25,8 +26,8 @@ pub const EXIT_UNFIT: u8 = 4;
 
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
-/// Serves the API until a signal ends the process.
-pub fn serve(options: &Serve, inherited_taps: InheritedTaps) -> Outcome {
+/// Serves the API until a signal ends the process. SIGHUP sets `reopen_log`.
+pub fn serve(options: &Serve, inherited_taps: InheritedTaps, reopen_log: Arc<AtomicBool>) -> Outcome {
     let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
     let host = HostOptions { inherited_taps, ..HostOptions::default() };
     let mut control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::Served, host)?;
@@ -36,8 +37,8 @@ pub fn serve(options: &Serve, inherited_taps: InheritedTaps) -> Outcome {
         (None, None) => return Err("--api-socket is missing".into()),
     };
     control.end_on(signals(&[SIGTERM, SIGINT])?);
-    // A terminal that goes away must not take the VM along.
-    signal_hook::flag::register(SIGHUP, Arc::default())?;
+    // Also for the sake of a terminal that goes away, which must not take the VM along.
+    signal_hook::flag::register(SIGHUP, reopen_log)?;
     if let Some(config) = config {
         control.start_with(config, options.boot);
     }

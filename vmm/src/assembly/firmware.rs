@@ -11,6 +11,7 @@ use rackvisor_devices::firmware::fw_cfg::{FW_CFG_BASE, FW_CFG_LENGTH};
 use rackvisor_devices::firmware::{
     self, BootDevice, FileStore, FirmwareError, FirmwareImages, Flash, FlashMapping, FwCfg, FwCfgFile,
 };
+use rackvisor_devices::throttle::Throttle;
 
 use super::{AssemblyError, Host, tables};
 use crate::kvm::rom::{Bank, KvmRom};
@@ -115,8 +116,15 @@ fn e820(ram: u64) -> Vec<u8> {
 /// What the firmware writes to its debug console goes to the log, at level debug.
 pub struct FirmwareLog;
 
+/// OVMF's debug build writes some 6000 lines when it starts.
+static FIRMWARE_LOG: Throttle = Throttle::of(10_000);
+
 impl DebugSink for FirmwareLog {
     fn line(&self, line: &str) {
-        tracing::debug!(target: "firmware", "{line}");
+        if tracing::enabled!(target: "firmware", tracing::Level::DEBUG)
+            && let Some(held_back) = FIRMWARE_LOG.pass()
+        {
+            tracing::debug!(target: "firmware", held_back = (held_back > 0).then_some(held_back), "{line}");
+        }
     }
 }

@@ -21,6 +21,7 @@ use rackvisor_api::events::{EventKind, EventLog, GuestPanic, PanicSource};
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::state::{Action, GuestEvent, RequestKind, VmState, decide, guest_event};
 use rackvisor_devices::bus::VmRequest;
+use rackvisor_devices::throttle::Throttle;
 use rackvisor_devices::{DeviceEvent, ThreadSpawner};
 
 use super::disks::{DiskWatch, IoFailure};
@@ -64,6 +65,8 @@ pub struct Controller {
     /// Seconds that it was beyond UTC when the last guest ended.
     pub(super) last_clock_offset: Option<i64>,
     pub(super) last_look_at_watchdog: Option<Instant>,
+    /// For log lines that a guest can cause.
+    pub(super) guest_log: Throttle,
     pub(super) terminating: bool,
     ended: bool,
     pub(super) mailbox: Mailbox,
@@ -114,6 +117,7 @@ impl Controller {
             clock_shift: 0,
             last_clock_offset: None,
             last_look_at_watchdog: None,
+            guest_log: Throttle::new(),
             terminating: false,
             ended: false,
             mailbox,
@@ -446,7 +450,9 @@ impl Controller {
 
     /// The guest goes on: it may want to write a dump.
     fn guest_panicked(&mut self, told: GuestPanic) {
-        tracing::warn!(vm = self.name(), ?told, "the guest panicked");
+        if let Some(held_back) = self.guest_log.pass() {
+            tracing::warn!(vm = self.name(), held_back, ?told, "the guest panicked");
+        }
         self.guest_panic.get_or_insert_with(|| told.clone());
         self.publish(EventKind::GuestPanicked(told));
     }
