@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::assembly::{AssemblyError, Machine, Taps};
 use crate::cpu::vcpu::VcpuEvent;
-use crate::telemetry::Sources;
+use crate::telemetry::Telemetry;
 
 /// Which boot a message belongs to: those of a machine that is gone are dropped.
 pub type Generation = u64;
@@ -165,8 +165,8 @@ pub struct Handle {
     pub mailbox: Mailbox,
     /// What happened.
     pub events: Arc<EventLog>,
-    /// What is counted.
-    pub metrics: Sources,
+    /// What can be looked at.
+    pub telemetry: Telemetry,
 }
 
 impl Control for Handle {
@@ -176,7 +176,11 @@ impl Control for Handle {
     }
 
     fn metrics(&self) -> String {
-        self.metrics.render()
+        self.telemetry.render()
+    }
+
+    fn inspect(&self, path: &str) -> Option<serde_json::Value> {
+        self.telemetry.inspect(path)
     }
 
     fn events(&self) -> Arc<EventLog> {
