@@ -90,6 +90,9 @@ impl Default for Limits {
     }
 }
 
+/// How much the thread gives way to vCPUs and the workers of devices (nice(2)).
+const NICE: i32 = 10;
+
 /// At the end, requests that are being served have this long to finish.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -184,6 +187,8 @@ impl Server {
         let (stop, stopped) = watch::channel(false);
         let (ready, outcome) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
+            // Of this thread alone. Where it is refused the thread is as good as others.
+            let _ = rustix::process::setpriority_process(None, NICE);
             let runtime = match event_loop().and_then(|runtime| prepare().map(|()| runtime)) {
                 Ok(runtime) => runtime,
                 Err(error) => {
