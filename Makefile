@@ -3,7 +3,8 @@ CARGO ?= cargo
 
 SECONDS ?= 30
 
-.PHONY: help demo test fuzz lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path bench-uefi static
+.PHONY: help demo test fuzz lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path bench-uefi static \
+	release reproducible man
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +37,15 @@ bench-uefi: ## time to GRUB by UEFI firmware, beside QEMU
 static: ## release programs without libraries, for jails, in target/x86_64-unknown-linux-gnu/release
 	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --release --locked --target x86_64-unknown-linux-gnu \
 	    -p rackvisor -p rackvisor-api -p rackvisor-jailer --bins
+
+release: ## the release programs of the commit that is checked out, the same bytes everywhere, in out/release
+	@resources/release
+
+reproducible: ## the same, twice, and compared
+	@resources/release --twice
+
+man: ## the manual pages in resources/man, from the command lines
+	UPDATE_MAN=1 $(CARGO) test --locked -p rackvisor -p rackvisor-api -p rackvisor-jailer --bins manual_page
 
 guest: ## the test guest, in out/guest
 	@resources/guest/build

@@ -292,6 +292,10 @@ pub trait Control: Send + Sync + 'static {
     /// All metrics as OpenMetrics text, ending in `# EOF`. Called on the API thread: reads counters, waits for nobody.
     fn metrics(&self) -> String;
 
+    /// The part of the tree of `GET /v1/inspect` at `path`, names joined by `/`; empty: all of it; `None`: there is nothing.
+    /// Called on the API thread: waits for nobody.
+    fn inspect(&self, path: &str) -> Option<serde_json::Value>;
+
     /// The log behind `GET /v1/events`.
     fn events(&self) -> Arc<EventLog>;
 }

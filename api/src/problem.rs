@@ -59,6 +59,8 @@ codes! {
     UnexpectedBody = "unexpected-body", 400, "This request takes no body";
     /// Descriptors came that the request takes none of, or others than it asks for, or too many.
     BadDescriptors = "bad-descriptors", 400, "The descriptors cannot be taken";
+    /// This client is not one of those that the server was told to serve.
+    NotAllowed = "not-allowed", 403, "Not allowed";
     /// No such path below `/v1`.
     NoSuchPath = "no-such-path", 404, "No such path";
     /// No VM is defined in this process.
@@ -69,6 +71,8 @@ codes! {
     NoSuchDiskGroup = "no-such-disk-group", 404, "No such group of disks";
     /// The VM has no NIC with this id.
     NoSuchNic = "no-such-nic", 404, "No such NIC";
+    /// The VM has no such part to look at.
+    NoSuchPart = "no-such-part", 404, "No such part";
     /// The path exists, the method does not apply to it; `Allow` lists those that do.
     MethodNotAllowed = "method-not-allowed", 405, "Method not allowed";
     /// The client was too slow to send its request.

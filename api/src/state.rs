@@ -30,10 +30,11 @@ use utoipa::ToSchema;
 use crate::problem::{Code, Problem};
 
 /// The state of the VM of this process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
     /// There is no VM: nothing has a configuration.
+    #[default]
     Undefined,
     /// The configuration is there and valid; no memory, no vCPU, nothing opened.
     Defined,

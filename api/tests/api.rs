@@ -250,6 +250,10 @@ impl Control for Silent {
             self.kept.lock().unwrap().push(reply);
         }
     }
+    fn inspect(&self, _path: &str) -> Option<serde_json::Value> {
+        None
+    }
+
     fn metrics(&self) -> String {
         String::new()
     }
@@ -344,4 +348,38 @@ fn the_server_leaves_no_socket_behind_and_refuses_to_start_when_preparation_fail
     let error = server.start(stage.machine.clone(), || Err(std::io::Error::other("no filter"))).unwrap_err();
     assert_eq!(error.to_string(), "no filter");
     assert!(!stage.socket.exists());
+}
+
+#[test]
+fn the_tree_of_states_is_served_whole_and_in_parts() {
+    let stage = stage();
+    assert_eq!(stage.client.inspect("").unwrap()["control"]["state"], "undefined");
+    assert_eq!(stage.client.inspect("/control/state/").unwrap(), "undefined");
+    for path in ["nothing", "control/state/x", "a b", "%"] {
+        assert_eq!(stage.client.inspect(path).unwrap_err().code(), Some(Code::NoSuchPart), "{path}");
+    }
+}
+
+#[test]
+fn a_client_that_comes_back_goes_on_after_the_last_event_that_it_has() {
+    let stage = stage();
+    stage.client.define(&small_config()).unwrap();
+    for action in [Action::Boot, Action::Pause, Action::Resume] {
+        stage.client.act(action).unwrap();
+    }
+    let ids = |headers: &str, query: &str| -> Vec<u64> {
+        let request =
+            format!("GET /v1/events?follow=false{query} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n");
+        let answer = stage.say(request.as_bytes());
+        answer.lines().filter_map(|line| line.strip_prefix("id: ")).map(|id| id.parse().unwrap()).collect()
+    };
+    assert_eq!(ids("", ""), [1, 2, 3, 4]);
+    assert_eq!(ids("last-event-id: 2\r\n", ""), [3, 4]);
+    assert_eq!(ids("last-event-id: 3\r\n", "&after=1"), [4], "the header wins");
+    assert_eq!(ids("last-event-id: 4\r\n", ""), [0; 0]);
+    assert!(
+        stage
+            .say(b"GET /v1/events HTTP/1.1\r\nhost: x\r\nconnection: close\r\nlast-event-id: x\r\n\r\n")
+            .starts_with("HTTP/1.1 400 ")
+    );
 }

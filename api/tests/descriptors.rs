@@ -98,6 +98,10 @@ impl Control for Keeper {
             reply.send(Ok(Response::Deleted));
         }
     }
+    fn inspect(&self, _path: &str) -> Option<serde_json::Value> {
+        None
+    }
+
     fn metrics(&self) -> String {
         String::new()
     }

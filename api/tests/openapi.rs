@@ -59,5 +59,5 @@ fn the_server_has_every_operation_of_the_document_and_no_other() {
         described.sort_unstable();
         assert_eq!(served, described, "{path}");
     }
-    assert_eq!(document["paths"].as_object().unwrap().len(), 20);
+    assert_eq!(document["paths"].as_object().unwrap().len(), 22);
 }

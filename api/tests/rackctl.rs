@@ -192,3 +192,56 @@ fn help_names_the_commands_and_completion_knows_them() {
         assert!(good(&stage, &format!("completion {shell}")).contains("power-button"), "{shell}");
     }
 }
+
+/// The command that makes each operation's request.
+const COMMANDS: [(&str, &str); 32] = [
+    ("version", "version"),
+    ("openapi", "openapi"),
+    ("metrics", "metrics"),
+    ("inspect", "inspect"),
+    ("inspectPart", "inspect control/state"),
+    ("followEvents", "events"),
+    ("define", "define full.toml"),
+    ("describe", "show"),
+    ("patch", "patch --generation-id 324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"),
+    ("listDisks", "disk list"),
+    ("showDisk", "disk show root"),
+    ("putDisk", "disk add extra extra.img"),
+    ("patchDisk", "disk patch extra --queues 2"),
+    ("deleteDisk", "disk remove extra"),
+    ("listDiskGroups", "group list"),
+    ("showDiskGroup", "group show silver"),
+    ("patchDiskGroup", "group patch silver --ops 100"),
+    ("listNics", "nic list"),
+    ("showNic", "nic show net0"),
+    ("putNic", "nic add extra tap9 52:54:00:00:00:99"),
+    ("patchNic", "nic patch extra --link down"),
+    ("deleteNic", "nic remove extra"),
+    ("boot", "boot"),
+    ("announceNic", "nic announce net0"),
+    ("pause", "pause"),
+    ("resume", "resume"),
+    ("reset", "reset"),
+    ("nmi", "nmi"),
+    ("powerButton", "power-button"),
+    ("sleepButton", "sleep-button"),
+    ("shutdown", "shutdown"),
+    ("forget", "forget"),
+];
+
+#[test]
+fn rackctl_has_a_command_for_every_operation_of_the_api() {
+    let stage = defined();
+    let document = stage.client.openapi().unwrap();
+    let operations =
+        document["paths"].as_object().unwrap().values().flat_map(|path| path.as_object().unwrap().values());
+    let mut operations: Vec<&str> = operations.map(|operation| operation["operationId"].as_str().unwrap()).collect();
+    let mut commands: Vec<&str> = COMMANDS.iter().map(|(operation, _)| *operation).collect();
+    operations.sort_unstable();
+    commands.sort_unstable();
+    assert_eq!(commands, operations);
+    for (operation, line) in COMMANDS {
+        let (status, _, err) = rackctl(&stage, line);
+        assert_eq!((status, err.as_str()), (0, ""), "{operation}: {line}");
+    }
+}

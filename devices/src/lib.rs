@@ -23,7 +23,7 @@ pub mod pci;
 mod scheduling;
 pub mod smbios;
 mod syscall;
-mod throttle;
+pub mod throttle;
 pub mod tpm;
 pub mod virtio;
 
@@ -76,11 +76,13 @@ pub enum ThreadKind {
     Images,
     /// Does what may wait, and starts all others.
     Jobs,
+    /// Writes reports of panics.
+    Crash,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Vcpu,
         Self::Block,
         Self::Net,
@@ -92,6 +94,7 @@ impl ThreadKind {
         Self::Flash,
         Self::Images,
         Self::Jobs,
+        Self::Crash,
     ];
 
     /// Its name, which is that of its policy in `resources/seccomp`.
@@ -109,6 +112,7 @@ impl ThreadKind {
             Self::Flash => "flash",
             Self::Images => "images",
             Self::Jobs => "jobs",
+            Self::Crash => "crash",
         }
     }
 }

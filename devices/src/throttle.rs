@@ -9,9 +9,18 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// Lines let through in one window.
 const LINES: u32 = 5;
 
-/// Lets five log lines through in ten seconds and counts the rest.
-#[derive(Debug, Default)]
-pub(crate) struct Throttle(Mutex<Option<Window>>);
+/// Lets some log lines through in ten seconds, five if nothing else is said, and counts the rest.
+#[derive(Debug)]
+pub struct Throttle {
+    lines: u32,
+    window: Mutex<Option<Window>>,
+}
+
+impl Default for Throttle {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 #[derive(Debug)]
 struct Window {
@@ -21,23 +30,31 @@ struct Window {
 }
 
 impl Throttle {
-    pub(crate) const fn new() -> Self {
-        Self(Mutex::new(None))
+    /// Five lines in ten seconds.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self::of(LINES)
+    }
+
+    /// So many `lines` in ten seconds.
+    #[must_use]
+    pub const fn of(lines: u32) -> Self {
+        Self { lines, window: Mutex::new(None) }
     }
 
     /// `Some(n)` if a line may be written now, where `n` lines were held back since the last one that was written.
-    pub(crate) fn pass(&self) -> Option<u64> {
+    pub fn pass(&self) -> Option<u64> {
         self.pass_at(Instant::now())
     }
 
     fn pass_at(&self, now: Instant) -> Option<u64> {
-        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         let window = guard.get_or_insert(Window { start: now, passed: 0, suppressed: 0 });
         if now.saturating_duration_since(window.start) >= WINDOW {
             window.start = now;
             window.passed = 0;
         }
-        if window.passed < LINES {
+        if window.passed < self.lines {
             window.passed += 1;
             return Some(std::mem::take(&mut window.suppressed));
         }

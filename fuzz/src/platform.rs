@@ -11,7 +11,7 @@ use rackvisor_devices::bus::{Bus, VmRequest};
 use rackvisor_devices::chipset::{Chipset, ChipsetConfig, DebugSink, RtcTimer};
 use rackvisor_devices::console::{Console, ConsoleMode, InputSink};
 use rackvisor_devices::firmware::fw_cfg::{FW_CFG_BASE, FW_CFG_LENGTH};
-use rackvisor_devices::firmware::{Flash, FlashMapping, FlashStore, FwCfg, FwCfgFile};
+use rackvisor_devices::firmware::{AddressFile, Flash, FlashMapping, FlashStore, FwCfg, FwCfgFile};
 use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::interrupt::InterruptLine;
 use rackvisor_devices::interrupt::double::TestMsis;
@@ -34,7 +34,6 @@ const FLASH: usize = 0x2000;
 const FLASH_BASE: u64 = (1 << 32) - FLASH as u64;
 /// Where virtio devices are first; rings, too, are at fixed places of RAM.
 const DEVICES: u64 = 2;
-const GENERATION_ID: u64 = 0x8028;
 const ACTIONS: usize = 128;
 const HANG: Duration = Duration::from_secs(20);
 /// Registers of a virtio device's BAR (virtio 1.2 §4.1.4.3).
@@ -123,7 +122,7 @@ struct Machine {
     chipset: Chipset,
     fw_cfg: Arc<FwCfg>,
     flash: Arc<Flash>,
-    generation: GenerationId,
+    generation: Arc<GenerationId>,
     memory: GuestMemory,
     transports: Vec<VirtioPci>,
     network: UnixDatagram,
@@ -144,6 +143,7 @@ impl Machine {
             ram_above_4g: 0,
             rtc_offset_seconds: 0,
             acpi_from_reset: true,
+            smm: true,
             sci: Arc::new(Nothing),
             rtc: Arc::new(Nothing),
             serial: Some((Arc::new(Nothing), console.output())),
@@ -154,10 +154,16 @@ impl Machine {
         chipset.attach(&pio).unwrap();
         root.claim_config_ports(Some(Arc::clone(&chipset.reset_control) as _)).unwrap();
         root.insert(0, Arc::new(HostBridge::new(Some(ECAM), root.ecam()))).unwrap();
-        root.insert(31, Arc::new(LpcBridge::new())).unwrap();
+        root.insert(31, Arc::new(LpcBridge::new(Arc::clone(&chipset.smi)))).unwrap();
         let source = Box::new(|| Ok(vec![FwCfgFile::new("etc/late", vec![7; 100])]));
         let files = vec![FwCfgFile::new("etc/early", vec![1; 300])];
-        let fw_cfg = Arc::new(FwCfg::new(memory.clone(), 2, files, source));
+        let power = Arc::clone(&chipset.power);
+        let generation = Arc::new(GenerationId::new(None, [0; 16], memory.clone(), power));
+        let placed = Arc::clone(&generation);
+        let address = AddressFile(Box::new(move |page| placed.placed(page)));
+        let live = [("etc/address", Arc::new(address) as _)].into_iter().chain(chipset.smi.files());
+        let fw_cfg = FwCfg::new(memory.clone(), 2, files, source).with_live_files(live.collect());
+        let fw_cfg = Arc::new(fw_cfg);
         pio.insert(FW_CFG_BASE, FW_CFG_LENGTH, Arc::clone(&fw_cfg) as _).unwrap();
         let array = Arc::new(MmapRegion::new(FLASH).unwrap());
         let flash = Flash::new(array, Box::new(Nothing), Box::new(Store), &PlainThreads, Arc::new(NoNotifier));
@@ -169,8 +175,6 @@ impl Machine {
             root.insert(slot, Arc::new(transport.clone())).unwrap();
         }
         let timer = RtcTimer::start(&chipset.rtc, &PlainThreads).unwrap();
-        let power = Arc::clone(&chipset.power);
-        let generation = GenerationId::new(GENERATION_ID, [0; 16], memory.clone(), power);
         let machine = Self {
             pio,
             mmio,

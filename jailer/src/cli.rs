@@ -198,6 +198,17 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_page_is_that_of_the_command_line() {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(Cli::command()).render(&mut page).unwrap();
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/man/rackvisor-jailer.1");
+        if std::env::var_os("UPDATE_MAN").is_some() {
+            std::fs::write(file, &page).unwrap();
+        }
+        assert!(std::fs::read(file).unwrap() == page, "{file} is stale: make man");
+    }
+
+    #[test]
     fn an_id_cannot_lead_out_of_its_folder() {
         for bad in ["", ".", "..", "a/b", "../a", "-a", ".a", "a b", "a\n", "ä", &"a".repeat(65)] {
             assert!(Id::from_str(bad).is_err(), "{bad:?}");

@@ -6,6 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use rackvisor::seccomp::Mode;
 use tracing_subscriber::EnvFilter;
 
+use crate::log::{Destination, Log};
+
 /// Virtual machine monitor for SAN-backed, SDN-connected datacenters: one process runs one VM.
 #[derive(Debug, Parser)]
 #[command(version, subcommand_negates_reqs = true, after_help = EXIT_CODES)]
@@ -16,7 +18,7 @@ pub struct Cli {
     /// How to serve.
     #[command(flatten)]
     pub serve: Serve,
-    /// What to log to standard error, e.g. `warn` or `info,rackvisor::control=debug`.
+    /// What to log, e.g. `warn` or `info,rackvisor::control=debug`.
     #[arg(long, global = true, value_name = "FILTER", env = "RACKVISOR_LOG", default_value = "info")]
     pub log: String,
     /// How log lines look.
@@ -25,6 +27,9 @@ pub struct Cli {
     /// What happens to a thread that makes a system call which it is not meant to make.
     #[arg(long, global = true, value_name = "MODE", env = "RACKVISOR_SECCOMP", default_value = "on")]
     pub seccomp: Seccomp,
+    /// Where to log: stderr, file:PATH (opened anew after SIGHUP), journald or syslog.
+    #[arg(long, global = true, value_name = "WHERE", default_value = "stderr")]
+    pub log_to: Destination,
 }
 
 const EXIT_CODES: &str = "\
@@ -34,6 +39,7 @@ Exit codes:
   2  the command line is wrong
   3  the guest crashed
   4  doctor: this host cannot run stock kernels
+  101  the control thread of the VMM panicked: see --crash-report and the log
   159  a thread made a system call that it is not meant to make, which standard error tells
 
 Examples:
@@ -46,8 +52,10 @@ Examples:
 pub enum LogFormat {
     /// One line for people.
     Human,
-    /// One line without time stamps, for journald, which has its own.
+    /// One line without time stamps, for those who have their own, as journald does.
     Plain,
+    /// One line of JSON, for programs.
+    Json,
 }
 
 /// What filters of system calls do.
@@ -93,6 +101,24 @@ pub struct Serve {
     /// by systemd as 3.
     #[arg(long, value_name = "FD", conflicts_with = "api_socket")]
     pub api_fd: Option<u32>,
+    /// Permissions of the API socket, in octal.
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = mode, conflicts_with = "api_fd")]
+    pub api_socket_mode: u32,
+    /// Owner of the API socket: user and group ids, either of which may be left out.
+    #[arg(long, value_name = "UID:GID", value_parser = owner, conflicts_with = "api_fd")]
+    pub api_socket_owner: Option<Owner>,
+    /// Serve clients of this user id and those of other such options only, as the kernel tells them.
+    #[arg(long, value_name = "UID")]
+    pub api_allow_uid: Vec<u32>,
+    /// Serve clients of this group id and those of other such options only.
+    #[arg(long, value_name = "GID")]
+    pub api_allow_gid: Vec<u32>,
+    /// Connections that are served at a time.
+    #[arg(long, value_name = "N", default_value = "128", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub api_connections: u16,
+    /// At the end of this file, leave a report (a line of JSON) when a thread of the VMM panics.
+    #[arg(long, value_name = "FILE")]
+    pub crash_report: Option<PathBuf>,
     /// Define the VM from this file, JSON or TOML, before the first client is heard.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -101,18 +127,44 @@ pub struct Serve {
     pub boot: bool,
 }
 
+/// Whose a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// The user, if not this process's.
+    pub uid: Option<u32>,
+    /// The group, if not this process's.
+    pub gid: Option<u32>,
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("000 to 777 are possible".into()),
+    }
+}
+
+fn owner(text: &str) -> Result<Owner, String> {
+    let id = |text: &str| match text {
+        "" => Ok(None),
+        number => {
+            number.parse().map(Some).map_err(|_| "numbers are wanted, such as 1000:1000, 1000 or :1000".to_owned())
+        }
+    };
+    let (uid, gid) = text.split_once(':').unwrap_or((text, ""));
+    Ok(Owner { uid: id(uid)?, gid: id(gid)? })
+}
+
 impl Cli {
     /// Starts logging as the command line says.
-    pub fn start_log(&self) {
+    ///
+    /// # Errors
+    /// The log cannot be opened.
+    pub fn start_log(&self) -> std::io::Result<Log> {
         let filter = EnvFilter::try_new(&self.log).unwrap_or_else(|error| {
             eprintln!("rackvisor: --log {}: {error}; logging `info`", self.log);
             EnvFilter::new("info")
         });
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-        match self.log_format {
-            LogFormat::Human => log.with_ansi(false).init(),
-            LogFormat::Plain => log.with_ansi(false).without_time().init(),
-        }
+        Log::start(&self.log_to, self.log_format, filter)
     }
 }
 
@@ -128,6 +180,17 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_page_is_that_of_the_command_line() {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(Cli::command().name("rackvisor")).render(&mut page).unwrap();
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/man/rackvisor.1");
+        if std::env::var_os("UPDATE_MAN").is_some() {
+            std::fs::write(file, &page).unwrap();
+        }
+        assert!(std::fs::read(file).unwrap() == page, "{file} is stale: make man");
+    }
+
+    #[test]
     fn a_socket_is_needed_to_serve_and_not_needed_otherwise() {
         assert!(Cli::try_parse_from(["rackvisor"]).is_err());
         assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s"]).is_ok());
@@ -136,5 +199,15 @@ mod tests {
         assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s", "--boot"]).is_err());
         assert!(Cli::try_parse_from(["rackvisor", "run", "vm.toml"]).is_ok());
         assert!(Cli::try_parse_from(["rackvisor", "doctor"]).is_ok());
+    }
+
+    #[test]
+    fn modes_are_octal_and_owners_are_numbers() {
+        assert_eq!(mode("660"), Ok(0o660));
+        assert!(mode("1777").is_err() && mode("rw").is_err());
+        assert_eq!(owner("1:2"), Ok(Owner { uid: Some(1), gid: Some(2) }));
+        assert_eq!(owner(":2"), Ok(Owner { uid: None, gid: Some(2) }));
+        assert_eq!(owner("1"), Ok(Owner { uid: Some(1), gid: None }));
+        assert!(owner("root").is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! `rackvisor`: one process, one VM.
 
 mod cli;
+mod log;
 mod serve;
 
 use std::process::ExitCode;
@@ -14,7 +15,13 @@ fn main() -> ExitCode {
     // Before anything is opened that could be taken for inherited.
     let inherited_taps = InheritedTaps::find();
     let cli = Cli::parse();
-    cli.start_log();
+    let log = match cli.start_log() {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("rackvisor: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let outcome = match cli.command {
         Some(Command::Doctor) => {
             let report = rackvisor::doctor::examine();
@@ -22,8 +29,10 @@ fn main() -> ExitCode {
             return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
         }
         Some(Command::Run { file }) => serve::run(&file, cli.seccomp.into(), inherited_taps),
-        None => serve::serve(&cli.serve, cli.seccomp.into(), inherited_taps),
+        None => serve::serve(&cli.serve, cli.seccomp.into(), inherited_taps, log.reopen()),
     };
+    // What was logged comes before the last word.
+    drop(log);
     match outcome {
         Ok(code) => code,
         Err(error) => {

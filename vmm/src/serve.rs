@@ -4,14 +4,16 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use rackvisor::VmConfig;
 use rackvisor::assembly::{HostOptions, InheritedTaps, StdioHooks};
 use rackvisor::control::{ControlLoop, LastWord, Lifetime, Mailbox, Message};
 use rackvisor::seccomp::{Filters, Mode, Policy};
+use rackvisor::telemetry::crash::report_panics;
 use rackvisor_api::config::{SerialConfig, SerialMode};
-use rackvisor_api::server::Server;
+use rackvisor_api::server::{Allowed, Limits, Server, SocketOptions};
 use rackvisor_api::state::VmState;
 use rackvisor_devices::console::RawTerminal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -25,20 +27,19 @@ pub const EXIT_UNFIT: u8 = 4;
 
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
-/// Serves the API until a signal ends the process.
-pub fn serve(options: &Serve, seccomp: Mode, inherited_taps: InheritedTaps) -> Outcome {
+/// Serves the API until a signal ends the process. SIGHUP sets `reopen_log`.
+pub fn serve(options: &Serve, seccomp: Mode, inherited_taps: InheritedTaps, reopen_log: Arc<AtomicBool>) -> Outcome {
     let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
     let host = HostOptions { inherited_taps, ..HostOptions::default() };
     let filters = Filters::new(seccomp)?;
     let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::Served, host)?;
-    let server = match (options.api_fd, options.api_socket.as_deref()) {
-        (Some(number), _) => Server::inherit(number)?,
-        (None, Some(socket)) => Server::bind(socket)?,
-        (None, None) => return Err("--api-socket is missing".into()),
-    };
+    if let Some(file) = &options.crash_report {
+        report_panics(file, control.handle().telemetry, &filters)?;
+    }
+    let server = listen(options)?;
     control.end_on(signals(&[SIGTERM, SIGINT])?);
-    // A terminal that goes away must not take the VM along.
-    signal_hook::flag::register(SIGHUP, Arc::default())?;
+    // Also for the sake of a terminal that goes away, which must not take the VM along.
+    signal_hook::flag::register(SIGHUP, reopen_log)?;
     if let Some(config) = config {
         control.start_with(config, options.boot);
     }
@@ -53,6 +54,24 @@ pub fn serve(options: &Serve, seccomp: Mode, inherited_taps: InheritedTaps) -> O
     }
 }
 
+fn listen(options: &Serve) -> Result<Server, Box<dyn std::error::Error>> {
+    let owner = options.api_socket_owner;
+    let file = SocketOptions {
+        mode: options.api_socket_mode,
+        uid: owner.and_then(|owner| owner.uid),
+        gid: owner.and_then(|owner| owner.gid),
+    };
+    let server = match (options.api_fd, options.api_socket.as_deref()) {
+        (Some(number), _) => Server::inherit(number)?,
+        (None, Some(socket)) => Server::bind_with(socket, file)?,
+        (None, None) => return Err("--api-socket is missing".into()),
+    };
+    let limits = Limits { connections: options.api_connections.into(), ..Limits::default() };
+    let server = server.with_limits(limits);
+    let allowed = Allowed { uids: options.api_allow_uid.clone(), gids: options.api_allow_gid.clone() };
+    Ok(if allowed == Allowed::default() { server } else { server.allow(allowed) })
+}
+
 /// Boots the VM of `file` with its console on this terminal, and ends with it.
 pub fn run(file: &Path, seccomp: Mode, inherited_taps: InheritedTaps) -> Outcome {
     let mut config = VmConfig::from_file(file)?;
@@ -65,7 +84,8 @@ pub fn run(file: &Path, seccomp: Mode, inherited_taps: InheritedTaps) -> Outcome
             mailbox.send(Message::Terminate);
         }
     };
-    let options = HostOptions { stdio: StdioHooks { escape: Some(Arc::new(leave)) }, inherited_taps };
+    let stdio = StdioHooks { escape: Some(Arc::new(leave)) };
+    let options = HostOptions { stdio, inherited_taps, ..HostOptions::default() };
     let filters = Filters::new(seccomp)?;
     let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::WithGuest, options)?;
     let _ = mailbox.set(control.handle().mailbox);

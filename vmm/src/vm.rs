@@ -13,6 +13,7 @@ use rackvisor_devices::PlainThreads;
 
 use crate::assembly::HostOptions;
 use crate::control::{ControlLoop, Handle, Lifetime, Message};
+use crate::telemetry::Telemetry;
 
 /// The longest that a request may take: draining a hung disk takes most of it.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -50,10 +51,17 @@ impl Vm {
     /// # Errors
     /// As [`Vm::define`]; `bad-descriptors` if there are more or less than the NICs want.
     pub fn define_with_fds(config: VmConfig, fds: Vec<OwnedFd>) -> Result<Self, Problem> {
+        Self::define_with_options(config, fds, HostOptions::default())
+    }
+
+    /// As [`Vm::define_with_fds`], with what this program decides for all boots.
+    ///
+    /// # Errors
+    /// As [`Vm::define_with_fds`].
+    pub fn define_with_options(config: VmConfig, fds: Vec<OwnedFd>, options: HostOptions) -> Result<Self, Problem> {
         let host =
             |e: &dyn std::fmt::Display| Problem::new(Code::OutOfResources, e.to_string(), "free some on the host");
-        let control =
-            ControlLoop::new(Arc::new(PlainThreads), Lifetime::Served, HostOptions::default()).map_err(|e| host(&e))?;
+        let control = ControlLoop::new(Arc::new(PlainThreads), Lifetime::Served, options).map_err(|e| host(&e))?;
         let handle = control.handle();
         let body = move || {
             if let Err(error) = control.run() {
@@ -120,6 +128,12 @@ impl Vm {
             }
             std::thread::sleep(LOOK);
         }
+    }
+
+    /// What can be looked at of this VM, also by [`crate::telemetry::crash`].
+    #[must_use]
+    pub fn telemetry(&self) -> Telemetry {
+        self.handle.telemetry.clone()
     }
 
     /// What the API server needs of this VM: serve it, or read its events and metrics.

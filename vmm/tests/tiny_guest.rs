@@ -2,110 +2,26 @@
 //! one. What a real guest sees is proved in `tests/`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod support;
+
 use std::fs;
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Duration;
 
-use rackvisor::{Action, Problem, Vm, VmConfig, VmState};
-use rackvisor_api::config::{
-    BootConfig, CpusConfig, DiskConfig, HugePages, MacAddr, MemoryConfig, NicConfig, NicPatch, TapFds, Topology,
-};
+use rackvisor::{Action, Problem, Vm, VmState};
+use rackvisor_api::config::{CpusConfig, DiskConfig, HugePages, MemoryConfig, NicConfig, NicPatch, TapFds, Topology};
 use rackvisor_api::control::{DeviceState, Request, Response};
 use rackvisor_api::descriptors::Descriptors;
 use rackvisor_api::problem::Code;
-use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::{RequestKind, decide};
-use rackvisor_devices::net::open_queues;
+use support::{PATIENCE, Place, SPIN, nic, queues, tap_name};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// `jmp $`
-const SPIN: &[u8] = &[0xeb, 0xfe];
 /// `mov dx, 0x604; mov ax, 0x2000; out dx, ax; jmp $`: ACPI S5 through PM1a_CNT.
 const POWER_OFF: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x20, 0x66, 0xef, 0xeb, 0xfe];
 /// `mov dx, 0xcf9; mov al, 6; out dx, al; jmp $`
 const RESET: &[u8] = &[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xeb, 0xfe];
 /// `lidt` with limit 0, `ud2`: a triple fault.
 const TRIPLE_FAULT: &[u8] = &[0x0f, 0x01, 0x1d, 0x09, 0x00, 0x10, 0x00, 0x0f, 0x0b, 0, 0, 0, 0, 0, 0];
-
-/// A kernel of this code: an ELF image with one segment at 1 MiB and a PVH note (gABI; Xen PHYS32_ENTRY is note type 18).
-fn kernel(code: &[u8]) -> Vec<u8> {
-    const HEADERS: u64 = 64 + 2 * 56;
-    const BASE: u64 = 0x10_0000;
-    let note: Vec<u8> = [4u32, 4, 18]
-        .iter()
-        .flat_map(|w| w.to_le_bytes())
-        .chain(*b"Xen\0")
-        .chain((BASE as u32).to_le_bytes())
-        .collect();
-    let header = |kind: u32, offset: u64, address: u64, length: u64| -> Vec<u8> {
-        let words = [offset, address, address, length, length, 4];
-        [kind, 5].iter().flat_map(|w| w.to_le_bytes()).chain(words.iter().flat_map(|w| w.to_le_bytes())).collect()
-    };
-    let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    image.extend([2u16, 62].iter().flat_map(|w| w.to_le_bytes()));
-    image.extend(1u32.to_le_bytes());
-    image.extend([BASE, 64, 0].iter().flat_map(|w| w.to_le_bytes()));
-    image.extend(0u32.to_le_bytes());
-    image.extend([64u16, 56, 2, 0, 0, 0].iter().flat_map(|w| w.to_le_bytes()));
-    image.extend(header(4, HEADERS, 0, note.len() as u64));
-    image.extend(header(1, HEADERS + note.len() as u64, BASE, code.len() as u64));
-    image.extend(note);
-    image.extend(code);
-    image
-}
-
-struct Place {
-    folder: tempfile::TempDir,
-}
-
-impl Place {
-    /// `None`, said aloud, where there is no KVM.
-    fn new() -> Option<Self> {
-        if let Err(error) = rackvisor::kvm::open() {
-            eprintln!("SKIPPED: a VM with a tiny guest: {error}");
-            return None;
-        }
-        Some(Self { folder: tempfile::tempdir().unwrap() })
-    }
-
-    fn config(&self, code: &[u8]) -> VmConfig {
-        let path = self.folder.path().join("kernel");
-        fs::write(&path, kernel(code)).unwrap();
-        let mut config = VmConfig::new("tiny", ByteSize::mib(128));
-        config.boot = Some(BootConfig::with_kernel(path));
-        config
-    }
-
-    /// A configuration with a NIC that wants this many passed descriptors.
-    fn with_nic(&self, passed: u16) -> VmConfig {
-        let mut config = self.config(SPIN);
-        config.nics.push(nic("net0", 1, passed));
-        config
-    }
-
-    fn disk(&self, id: &str) -> DiskConfig {
-        let path = self.folder.path().join(id);
-        fs::File::create(&path).unwrap().write_all(&[0; 4096]).unwrap();
-        DiskConfig::new(id, path)
-    }
-}
-
-fn nic(id: &str, last: u8, passed: u16) -> NicConfig {
-    let (tap_fds, mac) = (Some(TapFds::Passed(passed)), MacAddr::new([2, 0, 0, 0, 0, last]).unwrap());
-    NicConfig { tap: None, tap_fds, queues: passed, ..NicConfig::new(id, "", mac) }
-}
-
-/// Queues of a new tap that goes with the last of them; `None`, said aloud, where this process may make none.
-fn queues(name: &str, count: u16) -> Option<Vec<OwnedFd>> {
-    open_queues(&tap_name(name), count).map_err(|error| eprintln!("SKIPPED: a VM with a tap: {error}")).ok()
-}
-
-fn tap_name(name: &str) -> String {
-    format!("{name}{}", std::process::id())
-}
 
 fn is_there(name: &str) -> bool {
     Path::new("/sys/class/net").join(tap_name(name)).exists()

@@ -109,6 +109,14 @@ pub enum Command {
     },
     /// Print the metrics of the VM and of its process (OpenMetrics)
     Metrics,
+    /// Print what every part of the VM is doing, as JSON
+    Inspect {
+        /// A part, such as devices/root or vcpus/0; default: all of them
+        #[arg(default_value = "")]
+        part: String,
+    },
+    /// Print the OpenAPI document of the server
+    Openapi,
     /// Wait until the VM is in one of these states, and print in which
     Wait {
         /// The states
@@ -241,6 +249,11 @@ pub struct LimitOptions {
 pub enum GroupCommand {
     /// List the groups
     List,
+    /// Describe a group
+    Show {
+        /// The id of the group
+        id: String,
+    },
     /// Change the limits of a group, also while the guest runs
     Patch {
         /// The id of the group
@@ -371,6 +384,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_manual_page_is_that_of_the_command_line() {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(Cli::command()).render(&mut page).unwrap();
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/man/rackctl.1");
+        if std::env::var_os("UPDATE_MAN").is_some() {
+            std::fs::write(file, &page).unwrap();
+        }
+        assert!(std::fs::read(file).unwrap() == page, "{file} is stale: make man");
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub fn disk(client: &Client, output: &Output, command: &DiskCommand) -> Result<(
 pub fn group(client: &Client, output: &Output, command: &GroupCommand) -> Result<(), Failure> {
     match command {
         GroupCommand::List => output.value(&client.disk_groups()?, tables::groups),
+        GroupCommand::Show { id } => output.value(&client.disk_group(id)?, tables::group),
         GroupCommand::Patch { id, limits } => {
             let patch = DiskGroupPatch { limits: limits_patch(limits, &[]) };
             output.value(&client.patch_disk_group(id, &patch)?, tables::group)

@@ -71,6 +71,8 @@ pub fn run(cli: &Cli, output: &Output) -> Result<(), Failure> {
             Ok(())
         }
         Command::Metrics => output.text(&client.metrics()?),
+        Command::Inspect { part } => Output { json: true }.value(&client.inspect(part)?, |_| String::new()),
+        Command::Openapi => Output { json: true }.value(&client.openapi()?, |_| String::new()),
         Command::Wait { states, timeout } => {
             let state = with_spinner(!output.json, "waiting", || client.wait_for(states, *timeout))?;
             output.value(&json!({ "state": state }), |_| state.to_string())

@@ -96,6 +96,14 @@ impl Client {
         self.get("/v1/version")
     }
 
+    /// `GET /v1/openapi.json`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn openapi(&self) -> Result<serde_json::Value> {
+        self.get("/v1/openapi.json")
+    }
+
     /// `GET /v1/vm`.
     ///
     /// # Errors
@@ -275,6 +283,24 @@ impl Client {
     pub fn metrics(&self) -> Result<String> {
         let answer = self.request(Method::GET, "/v1/metrics", None)?;
         String::from_utf8(answer.body).map_err(|error| ClientError::Answer(error.to_string()))
+    }
+
+    /// `GET /v1/inspect/{path}`: that part of the tree, all of it if `path` is empty.
+    ///
+    /// # Errors
+    /// `no-such-part`, or another [`ClientError`].
+    pub fn inspect(&self, path: &str) -> Result<serde_json::Value> {
+        let names: Vec<String> = path.split('/').filter(|name| !name.is_empty()).map(escape).collect();
+        let whole = ["/v1/inspect".to_owned()].into_iter().chain(names).collect::<Vec<_>>().join("/");
+        self.get(&whole)
+    }
+
+    /// `GET /v1/vm/disk-groups/{id}`.
+    ///
+    /// # Errors
+    /// `no-such-disk-group`, or another [`ClientError`].
+    pub fn disk_group(&self, id: &str) -> Result<DiskGroup> {
+        self.get(&format!("/v1/vm/disk-groups/{}", escape(id)))
     }
 
     /// `GET /v1/events`: those after `after` (0: all that are kept; `None`: only new ones, or all without `follow`).

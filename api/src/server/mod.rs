@@ -2,7 +2,7 @@
 //!
 //! | limit                                   | value   | what happens then                                  |
 //! |-----------------------------------------|---------|----------------------------------------------------|
-//! | connections                             | 64      | the one that is idle longest is closed, else 503    |
+//! | connections                             | 128     | the one that is idle longest is closed, else 503    |
 //! | followers of `/v1/events`               | 32      | 503                                                |
 //! | request head                            | 16 KiB, 32 headers | 431                                     |
 //! | time from its first byte to its last    | 5 s     | 408, closed                                        |
@@ -13,6 +13,9 @@
 //! | client that does not read its answer    | 30 s    | closed                                             |
 //! | descriptors with a request              | 64      | 400, closed                                        |
 //! | descriptors with all requests           | 256     | 503, closed                                        |
+//!
+//! Who may connect is for the permissions of the socket file to say, and for [`Server::allow`], which asks the kernel who the
+//! client is (SO_PEERCRED).
 //!
 //! The thread only translates: whatever takes time happens at the controller. So a slow client delays nobody else.
 
@@ -50,6 +53,7 @@ use crate::control::{Control, Outcome, Reply, Request};
 use crate::problem::{Code, Problem};
 
 pub use extract::MAX_BODY;
+pub use listener::SocketOptions;
 pub use openapi::{OPENAPI_JSON, openapi};
 pub use routes::Version;
 
@@ -75,7 +79,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 64,
+            connections: 128,
             followers: 32,
             head: Duration::from_secs(5),
             body: Duration::from_secs(10),
@@ -86,6 +90,9 @@ impl Default for Limits {
     }
 }
 
+/// How much the thread gives way to vCPUs and the workers of devices (nice(2)).
+const NICE: i32 = 10;
+
 /// At the end, requests that are being served have this long to finish.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -95,6 +102,22 @@ pub struct Server {
     listener: UnixListener,
     file: Option<SocketFile>,
     limits: Limits,
+    allowed: Option<Allowed>,
+}
+
+/// Users that are served, whatever the permissions of the socket file are. Root is not, unless it is named.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// Their user ids.
+    pub uids: Vec<u32>,
+    /// Their group ids; a client has the one that it was started with, not its supplementary ones.
+    pub gids: Vec<u32>,
+}
+
+impl Allowed {
+    fn takes(&self, client: &tokio::net::unix::UCred) -> bool {
+        self.uids.contains(&client.uid()) || self.gids.contains(&client.gid())
+    }
 }
 
 impl Server {
@@ -104,11 +127,19 @@ impl Server {
     /// # Errors
     /// The path is in use by a living process or by something else, too long (107 bytes), or not writable.
     pub fn bind(path: impl AsRef<Path>) -> io::Result<Self> {
+        Self::bind_with(path, SocketOptions::default())
+    }
+
+    /// As [`Server::bind`], with other permissions or another owner of the socket.
+    ///
+    /// # Errors
+    /// As [`Server::bind`]; only root may give a file to others.
+    pub fn bind_with(path: impl AsRef<Path>, options: SocketOptions) -> io::Result<Self> {
         let path = path.as_ref();
-        let (listener, file) = listener::listen(path).map_err(|error| {
+        let (listener, file) = listener::listen(path, options).map_err(|error| {
             io::Error::new(error.kind(), format!("cannot listen on API socket {}: {error}", path.display()))
         })?;
-        Ok(Self { listener, file: Some(file), limits: Limits::default() })
+        Ok(Self { listener, file: Some(file), limits: Limits::default(), allowed: None })
     }
 
     /// Serves on the listening Unix socket that this process was started with as descriptor `number`, by the jailer or systemd.
@@ -124,13 +155,20 @@ impl Server {
 
     /// Serves on a socket that someone else opened. Its file is left alone.
     pub fn from_listener(listener: UnixListener) -> Self {
-        Self { listener, file: None, limits: Limits::default() }
+        Self { listener, file: None, limits: Limits::default(), allowed: None }
     }
 
     /// The same server with other limits.
     #[must_use]
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+
+    /// The same server for these clients only: others are answered 403, `not-allowed`.
+    #[must_use]
+    pub fn allow(mut self, allowed: Allowed) -> Self {
+        self.allowed = Some(allowed);
         self
     }
 
@@ -149,6 +187,8 @@ impl Server {
         let (stop, stopped) = watch::channel(false);
         let (ready, outcome) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("api".into()).spawn(move || {
+            // Of this thread alone. Where it is refused the thread is as good as others.
+            let _ = rustix::process::setpriority_process(None, NICE);
             let runtime = match event_loop().and_then(|runtime| prepare().map(|()| runtime)) {
                 Ok(runtime) => runtime,
                 Err(error) => {
@@ -188,7 +228,7 @@ impl Server {
         let limits = self.limits;
         let app = App { control, limits, followers: Arc::new(AtomicUsize::new(0)), stop: stopped.clone() };
         let router = routes::router(app);
-        let mut connections = Connections::new();
+        let mut connections = Connections::new(self.allowed);
         {
             let mut shutdown = std::pin::pin!(shutdown);
             while let Some(accepted) = accept_unless(&listener, shutdown.as_mut()).await {
@@ -284,16 +324,36 @@ struct Connections {
     list: Vec<(Activity, task::JoinHandle<()>)>,
     /// One for each descriptor that may be held.
     places: Arc<Semaphore>,
+    allowed: Option<Allowed>,
 }
 
 impl Connections {
-    fn new() -> Self {
-        Self { list: Vec::new(), places: Arc::new(Semaphore::new(MAX_HELD)) }
+    fn new(allowed: Option<Allowed>) -> Self {
+        Self { list: Vec::new(), places: Arc::new(Semaphore::new(MAX_HELD)), allowed }
+    }
+
+    /// Why this client is not served, if it is not.
+    fn refuses(&self, stream: &tokio::net::UnixStream) -> Option<Problem> {
+        let allowed = self.allowed.as_ref()?;
+        let client = match stream.peer_cred() {
+            Ok(client) if allowed.takes(&client) => return None,
+            Ok(client) => format!("uid {}, gid {}", client.uid(), client.gid()),
+            Err(error) => format!("a client that cannot be identified ({error})"),
+        };
+        let detail = format!("the API of this VM is not for {client}");
+        Some(Problem::new(
+            Code::NotAllowed,
+            detail,
+            "ask as a user that rackvisor --api-allow-uid or --api-allow-gid names",
+        ))
     }
 
     fn add(&mut self, stream: tokio::net::UnixStream, router: &Router, limits: Limits, stop: &watch::Receiver<bool>) {
         self.list.retain(|(_, task)| !task.is_finished());
         let (activity, inbox) = (Activity::new(), Inbox::new(&self.places));
+        if let Some(problem) = self.refuses(&stream) {
+            return Watched::new(stream, activity, inbox).last_word(&problem);
+        }
         if self.list.len() >= limits.connections && !self.close_idlest() {
             let problem = Problem::new(
                 Code::TooManyConnections,

@@ -114,6 +114,16 @@ impl Control for Machine {
         "# EOF\n".into()
     }
 
+    fn inspect(&self, path: &str) -> Option<serde_json::Value> {
+        let state = self.lock().state;
+        match path {
+            "" => Some(serde_json::json!({ "control": { "state": state } })),
+            "control" => Some(serde_json::json!({ "state": state })),
+            "control/state" => Some(serde_json::json!(state)),
+            _ => None,
+        }
+    }
+
     fn events(&self) -> Arc<EventLog> {
         Arc::clone(&self.events)
     }

@@ -106,6 +106,21 @@ enum Next {
     After(Duration),
 }
 
+/// After a panic, takes back that requests are in flight: their backend has drained, and nobody will complete them.
+struct Last {
+    metrics: Arc<QueueMetrics>,
+    depth: u16,
+}
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            (0..=self.depth).for_each(|id| self.metrics.end(id));
+            self.metrics.depth.set(0);
+        }
+    }
+}
+
 pub(super) struct Worker {
     // Dropped first: drains, and only then the memory below may go.
     backend: Box<dyn BlockBackend>,
@@ -129,6 +144,8 @@ impl Worker {
     /// The body of the thread: works until its owner drops the sender of commands.
     pub fn run(parts: Parts) {
         let Parts { mut backend, disk, metrics, commands, wake, stopped, depth } = parts;
+        // The first, so that the backend has drained when it is dropped.
+        let _last = Last { metrics: Arc::clone(&metrics), depth };
         let prepared = backend.prepare().and_then(|()| backend.watch(Signal::Command, Some(wake)));
         let slot = |_| Slot {
             busy: false,

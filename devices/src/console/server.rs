@@ -16,6 +16,7 @@ use super::endpoint::{Endpoint, Health, Kind, Stream};
 use super::escape::Escape;
 use super::pty::SlaveWatch;
 use super::{CLIENT_LIMIT, ConsoleError, ConsoleMode, EscapeHook, InputSink, socket, sys};
+use crate::throttle::Throttle;
 
 const WAKE: u64 = 0;
 const LISTENER: u64 = 1;
@@ -106,7 +107,7 @@ pub(super) struct Server {
     escape: Option<(Escape, EscapeHook)>,
     /// Typed, but not taken by the sink yet.
     input: Vec<u8>,
-    input_dropped: bool,
+    input_log: Throttle,
     hold_off: Option<Instant>,
 }
 
@@ -124,7 +125,7 @@ impl Server {
             slave_open: false,
             escape: None,
             input: Vec::new(),
-            input_dropped: false,
+            input_log: Throttle::new(),
             hold_off: None,
         })
     }
@@ -335,8 +336,9 @@ impl Server {
         }
         if self.input.len() > INPUT_LIMIT {
             self.input.truncate(before.max(INPUT_LIMIT));
-            if !std::mem::replace(&mut self.input_dropped, true) {
+            if let Some(held_back) = self.input_log.pass() {
                 tracing::warn!(
+                    held_back,
                     "the guest does not read its console: what is typed beyond {INPUT_LIMIT} bytes is dropped"
                 );
             }
@@ -355,7 +357,6 @@ impl Server {
         self.input.drain(..taken);
         if self.input.is_empty() {
             self.input = Vec::new();
-            self.input_dropped = false;
         }
     }
 

@@ -10,9 +10,12 @@ use super::crb::{RC_FAILURE, Shared};
 use super::link::Link;
 use super::{Deadlines, TpmError, sys};
 use crate::DeviceEvent;
+use crate::throttle::Throttle;
 
 /// How long swtpm may take to switch the TPM off when the VM ends.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+static LOST_LOG: Throttle = Throttle::new();
 
 /// What the thread is told.
 pub enum Message {
@@ -116,7 +119,10 @@ impl Worker {
         if matches!(error, TpmError::Ending) {
             return;
         }
-        tracing::error!(%error, "the TPM fails from now on");
+        // A guest that resets itself has each try fail again.
+        if let Some(held_back) = LOST_LOG.pass() {
+            tracing::error!(held_back, %error, "the TPM fails from now on");
+        }
         self.shared.notify(DeviceEvent::BackendLost { reason: format!("the TPM fails from now on: {error}") });
     }
 }

@@ -3,10 +3,24 @@
 use std::sync::Arc;
 
 use rackvisor_api::config::{CacheMode, DiskConfig, OnError};
-use rackvisor_devices::block::{BlockOptions, ErrorPolicy, ReservationOptions, VirtioBlock};
+use rackvisor_devices::block::{BlockOptions, BlockSource, ErrorPolicy, MakeBackend, ReservationOptions, VirtioBlock};
 use rackvisor_devices::limiter::Limiter;
 
 use super::{AssemblyError, Host, LiveDisk, limits};
+
+/// Disks that the program which embeds the VM stores itself, instead of the LUNs and files that the configuration names.
+pub trait DiskStore: Send + Sync {
+    /// The disk of this configuration; `None` for one that is to be opened by its path.
+    fn open(&self, config: &DiskConfig) -> Option<StoredDisk>;
+}
+
+/// A disk of a [`DiskStore`].
+pub struct StoredDisk {
+    /// The disk as a whole.
+    pub source: Arc<dyn BlockSource>,
+    /// Makes what executes the requests of a queue, once for each.
+    pub backend: Box<MakeBackend<'static>>,
+}
 
 /// Opens the disk and makes its device, which shares the limits of `group` if there is one.
 ///
@@ -34,8 +48,15 @@ pub fn open(
         group,
         affinity: config.affinity.iter().map(|list| list.cpus().to_vec()).collect(),
     };
-    let device = VirtioBlock::new(options, &*host.spawner, host.notifier.clone())
-        .map_err(|source| AssemblyError::Disk { id: config.id.clone(), source })?;
+    let (spawner, notifier) = (&*host.spawner, host.notifier.clone());
+    let stored = host.options.disks.as_ref().and_then(|store| store.open(config));
+    let device = match stored {
+        Some(StoredDisk { source, backend }) => {
+            VirtioBlock::with_backends(&options, source, &*backend, spawner, notifier)
+        }
+        None => VirtioBlock::new(options, spawner, notifier),
+    };
+    let device = device.map_err(|source| AssemblyError::Disk { id: config.id.clone(), source })?;
     let live = LiveDisk::new(device.handle());
     Ok((device, live))
 }

@@ -14,6 +14,7 @@ use rackvisor_devices::firmware::{
     LiveFile,
 };
 use rackvisor_devices::generation::GenerationId;
+use rackvisor_devices::throttle::Throttle;
 use rackvisor_devices::tpm;
 
 use super::{AssemblyError, Host, tables};
@@ -155,8 +156,15 @@ fn e820(ram: u64) -> Vec<u8> {
 /// What the firmware writes to its debug console goes to the log, at level debug.
 pub struct FirmwareLog;
 
+/// OVMF's debug build writes some 6000 lines when it starts.
+static FIRMWARE_LOG: Throttle = Throttle::of(10_000);
+
 impl DebugSink for FirmwareLog {
     fn line(&self, line: &str) {
-        tracing::debug!(target: "firmware", "{line}");
+        if tracing::enabled!(target: "firmware", tracing::Level::DEBUG)
+            && let Some(held_back) = FIRMWARE_LOG.pass()
+        {
+            tracing::debug!(target: "firmware", held_back = (held_back > 0).then_some(held_back), "{line}");
+        }
     }
 }

@@ -15,6 +15,7 @@ use rackvisor_devices::virtio::pci::VirtioPci;
 
 use super::clock::LiveClock;
 use super::{disks, limits};
+use crate::telemetry::Parts;
 
 /// A disk that is open.
 #[derive(Clone)]
@@ -168,8 +169,8 @@ impl Totals {
 pub struct Inventory {
     /// The pseudo-terminal of the console, if it has one.
     pub serial_path: Option<PathBuf>,
-    /// All counters.
-    pub metrics: Vec<Arc<dyn MetricSource>>,
+    /// What can be looked at from any thread.
+    pub parts: Parts,
     /// What counts time for the guest.
     pub clock: Option<LiveClock>,
     /// The generation ID, if there is one.
@@ -218,6 +219,8 @@ impl Inventory {
 
     /// Adds the transport of a device.
     pub fn add_transport(&mut self, transport: Arc<VirtioPci>) {
+        self.parts.metrics.push(transport.metrics());
+        self.parts.transports.push(transport.view());
         self.transports.push(transport);
     }
 

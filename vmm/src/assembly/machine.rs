@@ -15,6 +15,7 @@ use super::platform::{self, Platform};
 use super::{AssemblyError, DeviceBusy, DeviceStart, Host, disks, nics, tpm};
 use crate::boot::loading::Loading;
 use crate::boot::{BootImages, LoadedImages};
+use crate::cpu::metrics::VcpuSetMetrics;
 use crate::cpu::{NewVcpus, VcpuSet};
 use crate::kvm;
 use crate::kvm::chipset::ChipsetState;
@@ -70,14 +71,16 @@ impl Machine {
         platform.add_firmware(config, host, &vm, ram.shared(), &apic_ids)?;
         let mut inventory = Inventory::new(console.pty_path());
         inventory.clock = Some(platform.live_clock());
-        inventory.metrics.extend(platform.tpm().map(Tpm::metrics));
+        inventory.parts.tpm = platform.tpm().map(Tpm::metrics);
+        inventory.parts.metrics.extend(inventory.parts.tpm.clone());
         inventory.generation = platform.generation().cloned();
         let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;
         platform.assign_bars()?;
         let vcpus = new_vcpus.start(&platform.for_vcpus(), &host.vcpu_events, &*host.spawner)?;
-        inventory.metrics.push(vcpus.metrics());
+        inventory.parts.vcpus = vcpus.metrics();
+        inventory.parts.metrics.push(Arc::new(VcpuSetMetrics(vcpus.metrics())));
         let chipset_state = ChipsetState::save(&vm)?;
         let (direct, loaded) = match loading.map(Loading::finish).transpose()? {
             Some((images, loaded)) => (Some(Direct { images, config: config.clone(), apic_ids }), Some(loaded)),
@@ -208,7 +211,6 @@ impl Sockets<'_> {
         let notifier = Arc::clone(&self.host.notifier);
         let transport = VirtioPci::new(id.to_owned(), device, self.ram.shared(), &self.msis, notifier);
         let transport = Arc::new(transport.map_err(|e| refused(&e))?);
-        inventory.metrics.push(transport.metrics());
         self.platform.root().insert(slot, Arc::clone(&transport) as _).map_err(|e| refused(&e))?;
         inventory.add_transport(transport);
         Ok(())

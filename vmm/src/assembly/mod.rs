@@ -30,6 +30,7 @@ use thiserror::Error;
 
 pub use self::clock::LiveClock;
 pub use self::console::StdioHooks;
+pub use self::disks::{DiskStore, StoredDisk};
 pub use self::inventory::{Inventory, LiveDisk, LiveNic};
 pub use self::machine::Machine;
 pub use self::taps::{Claim, InheritedTaps, Taps};
@@ -47,6 +48,8 @@ pub struct HostOptions {
     pub stdio: StdioHooks,
     /// What descriptors NICs may name as inherited.
     pub inherited_taps: InheritedTaps,
+    /// Disks that the program itself stores.
+    pub disks: Option<Arc<dyn DiskStore>>,
 }
 
 /// What a machine needs of the process around it.
@@ -116,6 +119,9 @@ pub enum AssemblyError {
     /// The TPM.
     #[error("TPM: {0}")]
     Tpm(#[from] TpmError),
+    /// A bug of the VMM.
+    #[error("{0}")]
+    Panicked(String),
     /// The host refused something small.
     #[error("{what}: {reason}")]
     Host {
@@ -161,6 +167,7 @@ impl From<AssemblyError> for Problem {
                 (Code::Unusable, "the detail names what to change; GET /v1/vm shows the configuration")
             }
             AssemblyError::Kvm(_) | AssemblyError::Cpu(_) => (Code::Unusable, "`rackvisor doctor` examines the host"),
+            AssemblyError::Panicked(_) => (Code::Internal, "report this with the crash report and the log"),
             AssemblyError::Host { .. } => (Code::OutOfResources, "the detail names what the host refused"),
         };
         Problem::new(code, error.to_string(), remedy)

@@ -21,16 +21,18 @@ use rackvisor_api::events::{EventKind, EventLog, GuestPanic, PanicSource};
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::state::{Action, GuestEvent, RequestKind, VmState, decide, guest_event};
 use rackvisor_devices::bus::VmRequest;
+use rackvisor_devices::throttle::Throttle;
 use rackvisor_devices::{DeviceEvent, ThreadSpawner};
 
 use super::disks::{DiskWatch, IoFailure};
-use super::jobs::Jobs;
+use super::jobs::{Jobs, caught};
 use super::mailbox::{Generation, Handle, Mailbox, Message};
 use super::operation::{Ending, Operation, Purpose};
+use super::threads::WatchedThreads;
 use super::{LastWord, Lifetime};
 use crate::assembly::{AssemblyError, Host, HostOptions, Inventory, Machine, Taps};
 use crate::cpu::vcpu::VcpuEvent;
-use crate::telemetry::Sources;
+use crate::telemetry::{Facts, Parts, Telemetry};
 
 /// Requests that may wait for an operation to end.
 const MAX_WAITING: usize = 256;
@@ -64,11 +66,15 @@ pub struct Controller {
     /// Seconds that it was beyond UTC when the last guest ended.
     pub(super) last_clock_offset: Option<i64>,
     pub(super) last_look_at_watchdog: Option<Instant>,
+    /// For log lines that a guest can cause.
+    pub(super) guest_log: Throttle,
     pub(super) terminating: bool,
     ended: bool,
     pub(super) mailbox: Mailbox,
     events: Arc<EventLog>,
-    metrics: Sources,
+    telemetry: Telemetry,
+    /// Messages taken.
+    messages: u64,
     spawner: Arc<dyn ThreadSpawner>,
     pub(super) jobs: Jobs,
     pub(super) options: HostOptions,
@@ -89,7 +95,7 @@ impl Controller {
         lifetime: Lifetime,
         options: HostOptions,
     ) -> std::io::Result<Self> {
-        let Handle { mailbox, events, metrics } = handle;
+        let Handle { mailbox, events, telemetry } = handle;
         Ok(Self {
             jobs: Jobs::new(&*spawner)?,
             options,
@@ -114,11 +120,13 @@ impl Controller {
             clock_shift: 0,
             last_clock_offset: None,
             last_look_at_watchdog: None,
+            guest_log: Throttle::new(),
             terminating: false,
             ended: false,
             mailbox,
             events,
-            metrics,
+            telemetry,
+            messages: 0,
             spawner,
         })
     }
@@ -157,6 +165,7 @@ impl Controller {
 
     /// Takes one message.
     pub fn take(&mut self, message: Message) {
+        let query = matches!(&message, Message::Api(request, _) if request.kind() == RequestKind::Query);
         match message {
             Message::Api(request, reply) => self.request(request, reply),
             Message::Device { generation, device, event, .. } if generation == self.generation => {
@@ -171,6 +180,24 @@ impl Controller {
             Message::Terminate => self.terminate(),
         }
         self.work_off();
+        self.messages += 1;
+        if !query {
+            self.telemetry.define(self.config.as_ref());
+        }
+        self.show();
+    }
+
+    /// Leaves a copy of how things stand for those who look.
+    fn show(&self) {
+        self.telemetry.tell(Facts {
+            state: self.state,
+            cause: self.cause.clone(),
+            operation: self.operation.as_ref().map(Operation::name),
+            pending: self.pending(),
+            waiting: self.waiting.len(),
+            messages: self.messages,
+            resets: self.resets,
+        });
     }
 
     /// Looks after deadlines.
@@ -181,6 +208,7 @@ impl Controller {
         self.look_at_disks(Instant::now());
         self.look_at_watchdog(Instant::now());
         self.work_off();
+        self.show();
     }
 
     /// Takes up what waited for an operation.
@@ -269,7 +297,11 @@ impl Controller {
         self.condemned = None;
         let (generation, mailbox) = (self.generation, self.mailbox.clone());
         let host = Host {
-            spawner: Arc::clone(&self.spawner),
+            spawner: Arc::new(WatchedThreads {
+                spawner: Arc::clone(&self.spawner),
+                mailbox: self.mailbox.clone(),
+                generation,
+            }),
             taps: self.taps.clone(),
             clock_shift: self.clock_shift,
             options: self.options.clone(),
@@ -280,7 +312,8 @@ impl Controller {
         };
         let mailbox = self.mailbox.clone();
         let job = move || {
-            let machine = Machine::assemble(&config, &host);
+            let machine = caught("putting the machine together", || Machine::assemble(&config, &host));
+            let machine = machine.unwrap_or_else(|panic| Err(AssemblyError::Panicked(panic)));
             mailbox.send(Message::Assembled(Box::new(machine)));
         };
         self.operation = Some(Operation::Boot { reply });
@@ -293,7 +326,7 @@ impl Controller {
             Ok(machine) => {
                 machine.start_vcpus();
                 let inventory = machine.inventory();
-                self.metrics.replace(inventory.metrics.clone());
+                self.telemetry.replace(inventory.parts.clone());
                 self.inventory = Some(inventory);
                 self.disk_watch = DiskWatch::from_now();
                 self.last_look_at_watchdog = Some(Instant::now());
@@ -338,7 +371,8 @@ impl Controller {
         self.operation = Some(Operation::Restart { run, reply });
         let mailbox = self.mailbox.clone();
         let job = move || {
-            let outcome = machine.reset();
+            let outcome = caught("the reset of the machine", || machine.reset());
+            let outcome = outcome.unwrap_or_else(|panic| Err(AssemblyError::Panicked(panic)));
             mailbox.send(Message::Restarted(machine, outcome));
         };
         self.jobs.run(Box::new(job));
@@ -374,11 +408,11 @@ impl Controller {
         }
         // Whoever describes devices now sees configuration only; the job must have the last hold of guest RAM.
         self.inventory = None;
-        self.metrics.replace(Vec::new());
+        self.telemetry.replace(Parts::default());
         self.operation = Some(Operation::Dismantle { ending, reply });
         let mailbox = self.mailbox.clone();
         let job = move || {
-            let flushed = machine.dismantle();
+            let flushed = caught("taking the machine apart", || machine.dismantle()).unwrap_or_else(Err);
             mailbox.send(Message::Dismantled(flushed));
         };
         self.jobs.run(Box::new(job));
@@ -446,7 +480,9 @@ impl Controller {
 
     /// The guest goes on: it may want to write a dump.
     fn guest_panicked(&mut self, told: GuestPanic) {
-        tracing::warn!(vm = self.name(), ?told, "the guest panicked");
+        if let Some(held_back) = self.guest_log.pass() {
+            tracing::warn!(vm = self.name(), held_back, ?told, "the guest panicked");
+        }
         self.guest_panic.get_or_insert_with(|| told.clone());
         self.publish(EventKind::GuestPanicked(told));
     }
@@ -514,6 +550,8 @@ impl Controller {
     pub(super) fn move_to(&mut self, to: VmState, cause: Option<String>) {
         let from = std::mem::replace(&mut self.state, to);
         self.cause.clone_from(&cause);
+        // Whoever is answered after this finds it so.
+        self.show();
         if from != to {
             tracing::info!(vm = self.name(), %from, %to, cause, "state changed");
             self.publish(EventKind::StateChanged { from, to, cause });

@@ -6,10 +6,11 @@
 use rackvisor_api::config::{NicConfig, NicPatch, VmConfig};
 use rackvisor_api::control::{Outcome, Reply, Response};
 use rackvisor_api::descriptors::Descriptors;
-use rackvisor_api::problem::{Pointer, Problem};
+use rackvisor_api::problem::{Code, Pointer, Problem};
 use rackvisor_api::state::{RequestKind, VmState};
 
 use super::controller::Controller;
+use super::jobs::caught;
 use super::mailbox::Message;
 use super::operation::Operation;
 use crate::assembly::{Claim, Taps};
@@ -76,7 +77,9 @@ impl Controller {
         self.operation = Some(Operation::Define { config, subject, reply });
         let (mailbox, inherited) = (self.mailbox.clone(), self.options.inherited_taps.clone());
         let job = move || {
-            mailbox.send(Message::Claimed(kept.with(claims, &inherited)));
+            let taps = caught("the check of the descriptors", || kept.with(claims, &inherited));
+            let taps = taps.unwrap_or_else(|told| Err(Problem::new(Code::Internal, told, "report this")));
+            mailbox.send(Message::Claimed(taps));
         };
         self.jobs.run(Box::new(job));
     }

@@ -2,18 +2,19 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use rackvisor_api::control::{Control, Reply, Request};
 use rackvisor_api::events::EventLog;
 use rackvisor_api::problem::Problem;
+use rackvisor_devices::throttle::Throttle;
 use rackvisor_devices::{DeviceEvent, DeviceNotifier};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::assembly::{AssemblyError, Machine, Taps};
 use crate::cpu::vcpu::VcpuEvent;
-use crate::telemetry::Sources;
+use crate::telemetry::Telemetry;
 
 /// Which boot a message belongs to: those of a machine that is gone are dropped.
 pub type Generation = u64;
@@ -96,12 +97,7 @@ impl Mailbox {
     /// A notifier for the devices of one boot.
     #[must_use]
     pub fn notifier(&self, generation: Generation) -> Arc<dyn DeviceNotifier> {
-        Arc::new(Notifier {
-            mailbox: self.clone(),
-            generation,
-            taken: Arc::default(),
-            overflowing: AtomicBool::new(false),
-        })
+        Arc::new(Notifier { mailbox: self.clone(), generation, taken: Arc::default(), overflow_log: Throttle::new() })
     }
 }
 
@@ -139,7 +135,7 @@ struct Notifier {
     mailbox: Mailbox,
     generation: Generation,
     taken: Arc<AtomicUsize>,
-    overflowing: AtomicBool,
+    overflow_log: Throttle,
 }
 
 impl DeviceNotifier for Notifier {
@@ -152,12 +148,11 @@ impl DeviceNotifier for Notifier {
         );
         let limit = if vital { usize::MAX } else { MAX_DEVICE_EVENTS };
         let Some(place) = Place::take(&self.taken, limit) else {
-            if !self.overflowing.swap(true, Ordering::Relaxed) {
-                tracing::warn!(device, ?event, "too many device events at once: some are dropped");
+            if let Some(held_back) = self.overflow_log.pass() {
+                tracing::warn!(device, held_back, ?event, "too many device events at once: some are dropped");
             }
             return;
         };
-        self.overflowing.store(false, Ordering::Relaxed);
         let (generation, device) = (self.generation, device.to_owned());
         self.mailbox.send(Message::Device { generation, device, event, place });
     }
@@ -170,8 +165,8 @@ pub struct Handle {
     pub mailbox: Mailbox,
     /// What happened.
     pub events: Arc<EventLog>,
-    /// What is counted.
-    pub metrics: Sources,
+    /// What can be looked at.
+    pub telemetry: Telemetry,
 }
 
 impl Control for Handle {
@@ -181,7 +176,11 @@ impl Control for Handle {
     }
 
     fn metrics(&self) -> String {
-        self.metrics.render()
+        self.telemetry.render()
+    }
+
+    fn inspect(&self, path: &str) -> Option<serde_json::Value> {
+        self.telemetry.inspect(path)
     }
 
     fn events(&self) -> Arc<EventLog> {

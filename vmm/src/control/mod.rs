@@ -8,6 +8,7 @@ mod draining;
 mod jobs;
 mod mailbox;
 mod operation;
+mod threads;
 mod watchdog;
 
 use std::io::Read;
@@ -27,7 +28,7 @@ use thiserror::Error;
 pub use self::controller::Controller;
 pub use self::mailbox::{Handle, Inbox, Mailbox, Message};
 use crate::assembly::HostOptions;
-use crate::telemetry::Sources;
+use crate::telemetry::Telemetry;
 
 /// Why the control loop could not start or go on.
 #[derive(Debug, Error)]
@@ -84,7 +85,7 @@ impl ControlLoop {
     ) -> Result<Self, ControlError> {
         crate::cpu::vcpu::install_kick_handler().map_err(|e| std::io::Error::from_raw_os_error(e.errno()))?;
         let (mailbox, inbox) = Mailbox::new()?;
-        let handle = Handle { mailbox, events: EventLog::new(), metrics: Sources::default() };
+        let handle = Handle { mailbox, events: EventLog::new(), telemetry: Telemetry::default() };
         let controller = Controller::new(handle.clone(), spawner, lifetime, options)?;
         Ok(Self { controller, inbox, handle, end_on: None })
     }

@@ -96,6 +96,18 @@ impl Operation {
         Self::Drain { purpose, reply, deadline, ask: deadline.map_or(again, |deadline| deadline.min(again)), busy }
     }
 
+    /// What it is called where the state of the control thread is shown.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Define { .. } => "define",
+            Self::Boot { .. } => "boot",
+            Self::Drain { .. } => "drain",
+            Self::Restart { .. } => "restart",
+            Self::Dismantle { .. } => "dismantle",
+        }
+    }
+
     /// When the operation wants to be looked at again without a message.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {

@@ -35,7 +35,9 @@ impl Controller {
         }
         let clock = self.inventory.as_ref().and_then(|inventory| inventory.clock.as_ref());
         let (true, Some(action)) = (clock.is_some_and(|clock| clock.expires()), self.watchdog_action()) else { return };
-        tracing::warn!(vm = self.name(), ?action, "the guest's watchdog expired");
+        if let Some(held_back) = self.guest_log.pass() {
+            tracing::warn!(vm = self.name(), held_back, ?action, "the guest's watchdog expired");
+        }
         self.publish(EventKind::WatchdogExpired { action });
         match action {
             WatchdogAction::Reset => self.begin(Purpose::Reset { run: true, by_guest: true }, None),

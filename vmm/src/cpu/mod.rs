@@ -12,20 +12,19 @@ pub mod topology;
 pub mod vcpu;
 
 use std::sync::Arc;
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use rackvisor_api::config::{CpuModelName, CpusConfig};
-use rackvisor_devices::metrics::MetricSource;
 use rackvisor_devices::{ThreadKind, ThreadSpawner};
 use thiserror::Error;
 use vmm_sys_util::signal::Killable;
 
 use self::cpuid::CpuModel;
-use self::metrics::{VcpuMetrics, VcpuSetMetrics};
+use self::metrics::VcpuMetrics;
 use self::state::PowerOnState;
 use self::topology::ApicIds;
 use self::vcpu::{Command, EventSink, Platform, VcpuThread, kick_signal};
@@ -95,6 +94,12 @@ pub enum CpuError {
     /// A vCPU does not answer.
     #[error("vCPU {index} did not answer within {} s", ANSWER.as_secs())]
     NoAnswer {
+        /// Index of the vCPU.
+        index: u8,
+    },
+    /// The thread of a vCPU has ended.
+    #[error("the thread of vCPU {index} has ended: the log says why")]
+    Gone {
         /// Index of the vCPU.
         index: u8,
     },
@@ -226,7 +231,11 @@ impl VcpuSet {
     /// # Errors
     /// [`CpuError::NoAnswer`].
     pub fn stop(&self) -> Result<(), CpuError> {
-        self.all(|_, done| Command::Park(done))
+        match self.all(|_, done| Command::Park(done)) {
+            // A thread that panicked runs no guest.
+            Err(CpuError::Gone { .. }) => Ok(()),
+            other => other,
+        }
     }
 
     /// Brings all vCPUs to power-on and the first to `entry`: without one it starts where the processor does, below 4 GiB (Intel
@@ -255,10 +264,10 @@ impl VcpuSet {
         self.vcpus.is_empty()
     }
 
-    /// The counters of all vCPUs.
+    /// The counters of each vCPU.
     #[must_use]
-    pub fn metrics(&self) -> Arc<dyn MetricSource> {
-        Arc::new(VcpuSetMetrics(self.vcpus.iter().map(|v| Arc::clone(&v.metrics)).collect()))
+    pub fn metrics(&self) -> Vec<Arc<VcpuMetrics>> {
+        self.vcpus.iter().map(|vcpu| Arc::clone(&vcpu.metrics)).collect()
     }
 
     fn all(&self, command: impl Fn(u8, mpsc::SyncSender<Result<(), KvmError>>) -> Command) -> Result<(), CpuError> {
@@ -267,10 +276,16 @@ impl VcpuSet {
             vcpu.command(command(vcpu.index, done));
             (vcpu.index, answer)
         });
+        let mut gone = Ok(());
         for (index, answer) in answers.collect::<Vec<_>>() {
-            answer.recv_timeout(ANSWER).map_err(|_| CpuError::NoAnswer { index })??;
+            match answer.recv_timeout(ANSWER) {
+                Ok(answer) => answer?,
+                Err(RecvTimeoutError::Timeout) => return Err(CpuError::NoAnswer { index }),
+                // The others are still to be heard.
+                Err(RecvTimeoutError::Disconnected) => gone = Err(CpuError::Gone { index }),
+            }
         }
-        Ok(())
+        gone
     }
 }
 

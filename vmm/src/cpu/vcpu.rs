@@ -140,26 +140,11 @@ impl Drop for HandlerPointer {
     }
 }
 
-/// Tells of a thread that panicked: a vCPU that is gone must not look like one that is quiet.
-struct Alarm {
-    index: u8,
-    events: EventSink,
-}
-
-impl Drop for Alarm {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            (self.events)(VcpuEvent::Crashed(format!("vCPU {}: its thread panicked, see the log", self.index)));
-        }
-    }
-}
-
 impl VcpuThread {
     /// The body of the thread: parked at first.
     pub fn run(mut self) {
         KVM_RUN.set(self.fd.get_kvm_run());
         let _pointer = HandlerPointer;
-        let _alarm = Alarm { index: self.index, events: Arc::clone(&self.events) };
         let mut next = Next::Park;
         loop {
             next = match next {
@@ -167,7 +152,12 @@ impl VcpuThread {
                     Ok(command) => self.obey(command, Next::Park),
                     Err(_) => return,
                 },
-                Next::Run => self.run_guest(),
+                Next::Run => {
+                    self.metrics.set_running(true);
+                    let next = self.run_guest();
+                    self.metrics.set_running(false);
+                    next
+                }
                 Next::Exit => return,
             };
         }
@@ -229,24 +219,24 @@ impl VcpuThread {
         loop {
             let request = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
-                    self.metrics.count(Exit::PortRead);
+                    self.metrics.count_at(Exit::PortRead, u64::from(port));
                     for item in data.chunks_mut(port_width(run)) {
                         self.platform.pio.read(u64::from(port), item);
                     }
                     None
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
-                    self.metrics.count(Exit::PortWrite);
+                    self.metrics.count_at(Exit::PortWrite, u64::from(port));
                     let items = data.chunks(port_width(run));
                     items.fold(None, |last, item| self.platform.pio.write(u64::from(port), item).or(last))
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
-                    self.metrics.count(Exit::MmioRead);
+                    self.metrics.count_at(Exit::MmioRead, address);
                     self.platform.mmio_of(run).read(address, data);
                     None
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
-                    self.metrics.count(Exit::MmioWrite);
+                    self.metrics.count_at(Exit::MmioWrite, address);
                     self.platform.mmio_of(run).write(address, data)
                 }
                 Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {

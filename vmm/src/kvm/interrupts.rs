@@ -11,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use rackvisor_devices::interrupt::{InterruptLine, MsiController, MsiMessage, MsiSource};
+use rackvisor_devices::throttle::Throttle;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Pins of the I/O APIC; message-signalled interrupts get the numbers above.
@@ -34,11 +35,15 @@ impl KvmLine {
     }
 }
 
+static LINE_LOG: Throttle = Throttle::new();
+
 impl InterruptLine for KvmLine {
     fn set(&self, asserted: bool) {
         // KVM refuses only a number that does not exist; this one was checked when the machine was made.
-        if let Err(error) = self.vm.set_irq_line(self.gsi, asserted) {
-            tracing::error!(gsi = self.gsi, %error, "KVM refused an interrupt line");
+        if let Err(error) = self.vm.set_irq_line(self.gsi, asserted)
+            && let Some(held_back) = LINE_LOG.pass()
+        {
+            tracing::error!(gsi = self.gsi, held_back, %error, "KVM refused an interrupt line");
         }
     }
 }

@@ -1,27 +1,104 @@
-//! What the operator sees: metrics of every part, and the process itself.
+//! What the operator sees: metrics and state of every part, the process itself, and what is left of a panic.
 
+pub mod crash;
+mod inspect;
 mod process;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
+use rackvisor_api::config::VmConfig;
+use rackvisor_api::state::VmState;
 use rackvisor_devices::metrics::{LatencySnapshot, MetricSource, Sample, Value};
+use rackvisor_devices::virtio::pci::TransportView;
 
 pub use self::process::ProcessMetrics;
+use crate::cpu::metrics::VcpuMetrics;
 
-/// Everything that can be asked for metrics, read by the API thread while the owner changes it on boot and stop.
+/// What the control thread says of itself.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    /// The state of the VM.
+    pub state: VmState,
+    /// Why it is in this state.
+    pub cause: Option<String>,
+    /// What is under way.
+    pub operation: Option<&'static str>,
+    /// What an operation that takes longer waits for.
+    pub pending: Option<String>,
+    /// Requests that wait for its end.
+    pub waiting: usize,
+    /// Messages taken so far.
+    pub messages: u64,
+    /// Resets of the guest since it was booted.
+    pub resets: u64,
+}
+
+/// The parts of a machine that can be looked at. None of them holds guest RAM.
 #[derive(Clone, Default)]
-pub struct Sources(Arc<RwLock<Vec<Arc<dyn MetricSource>>>>);
+pub struct Parts {
+    /// Everything that counts.
+    pub metrics: Vec<Arc<dyn MetricSource>>,
+    /// The virtio devices.
+    pub transports: Vec<TransportView>,
+    /// The vCPUs.
+    pub vcpus: Vec<Arc<VcpuMetrics>>,
+    /// The TPM.
+    pub tpm: Option<Arc<dyn MetricSource>>,
+}
 
-impl Sources {
-    /// Asks these from now on, instead of the former ones.
-    pub fn replace(&self, sources: Vec<Arc<dyn MetricSource>>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = sources;
+/// A copy of what is known, to be read without holding up anybody.
+#[derive(Clone, Default)]
+pub(crate) struct Live {
+    pub facts: Facts,
+    pub config: Option<Arc<VmConfig>>,
+    parts: Parts,
+}
+
+impl std::ops::Deref for Live {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
+/// Everything that can be looked at, read by the API thread while the control thread changes it. Locked only to copy it.
+#[derive(Clone, Default)]
+pub struct Telemetry(Arc<RwLock<Live>>);
+
+impl Telemetry {
+    fn write(&self) -> RwLockWriteGuard<'_, Live> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn live(&self) -> Live {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Looks at these parts from now on, instead of the former ones.
+    pub fn replace(&self, parts: Parts) {
+        let former = std::mem::replace(&mut self.write().parts, parts);
+        drop(former);
+    }
+
+    /// What the control thread says of itself now.
+    pub fn tell(&self, facts: Facts) {
+        self.write().facts = facts;
+    }
+
+    /// What the VM is now.
+    pub fn define(&self, config: Option<&VmConfig>) {
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner).config.clone();
+        if known.as_deref() != config {
+            let config = config.cloned().map(Arc::new);
+            self.write().config = config;
+        }
     }
 
     /// All metrics as OpenMetrics text.
@@ -44,19 +121,35 @@ impl Sources {
         let mut by_name: BTreeMap<_, Vec<_>> = BTreeMap::new();
         let mut visit = |sample: Sample| by_name.entry(sample.name).or_default().push(sample);
         ProcessMetrics.collect(&mut visit);
-        let sources = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
-        sources.iter().for_each(|source| source.collect(&mut visit));
+        let live = self.live();
+        live.facts.collect(&mut visit);
+        live.metrics.iter().for_each(|source| source.collect(&mut visit));
         by_name
     }
 }
 
-impl fmt::Debug for Sources {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Sources")
+impl MetricSource for Facts {
+    fn collect(&self, visit: &mut dyn FnMut(Sample)) {
+        for state in VmState::ALL {
+            let labels = vec![("state", state.as_str().to_owned())];
+            let value = Value::Gauge(if state == self.state { 1.0 } else { 0.0 });
+            visit(Sample { name: "vm_state", help: "1 for the state that the VM is in.", labels, value });
+        }
+        let mut give = |name, help, value| visit(Sample { name, help, labels: Vec::new(), value });
+        give("vm_resets", "Resets of the guest since it was booted.", Value::Gauge(self.resets as f64));
+        give("control_messages", "Messages that the control thread has taken.", Value::Counter(self.messages));
+        let waiting = Value::Gauge(self.waiting as f64);
+        give("control_waiting_requests", "Requests that wait for an operation to end.", waiting);
     }
 }
 
-impl Collector for Sources {
+impl fmt::Debug for Telemetry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Telemetry")
+    }
+}
+
+impl Collector for Telemetry {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         for (name, samples) in self.samples() {
             let Some(first) = samples.first() else { continue };
@@ -118,9 +211,9 @@ mod tests {
 
     #[test]
     fn samples_appear_as_openmetrics_with_escaped_labels_and_cumulative_buckets() {
-        let sources = Sources::default();
-        sources.replace(vec![Arc::new(Double)]);
-        let text = sources.render();
+        let telemetry = Telemetry::default();
+        telemetry.replace(Parts { metrics: vec![Arc::new(Double)], ..Parts::default() });
+        let text = telemetry.render();
         for line in [
             "rackvisor_disk_reads_total{disk=\"a\\\"b\"} 3",
             "rackvisor_disk_request_seconds_count{disk=\"a\\\"b\"} 1",

@@ -18,13 +18,13 @@ impl MetricSource for ProcessMetrics {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let gauge = |key| Some(Value::Gauge(field(&status, key)? as f64));
         let bytes = |key| Some(Value::Gauge(field(&status, key)? as f64 * 1024.0));
-        show("process_threads", "Threads of the process", gauge("Threads:"));
-        show("process_resident_memory_bytes", "Resident memory including guest RAM", bytes("VmRSS:"));
-        show("process_virtual_memory_bytes", "Address space", bytes("VmSize:"));
+        show("process_threads", "Threads of the process.", gauge("Threads:"));
+        show("process_resident_memory_bytes", "Resident memory including guest RAM.", bytes("VmRSS:"));
+        show("process_virtual_memory_bytes", "Address space.", bytes("VmSize:"));
         let descriptors = fs::read_dir("/proc/self/fd").ok().map(|dir| Value::Gauge(dir.count() as f64));
-        show("process_open_fds", "Open file descriptors", descriptors);
+        show("process_open_fds", "Open file descriptors.", descriptors);
         let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-        show("process_cpu_milliseconds", "CPU time of all threads", cpu_milliseconds(&stat).map(Value::Counter));
+        show("process_cpu_milliseconds", "CPU time of all threads.", cpu_milliseconds(&stat).map(Value::Counter));
     }
 }
 
@@ -33,7 +33,7 @@ fn field(status: &str, key: &str) -> Option<u64> {
 }
 
 /// User and system time are the 14th and 15th field, in ticks of 10 ms (proc(5)); the name in the second may hold spaces.
-fn cpu_milliseconds(stat: &str) -> Option<u64> {
+pub(super) fn cpu_milliseconds(stat: &str) -> Option<u64> {
     let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(11);
     let user: u64 = fields.next()?.parse().ok()?;
     let system: u64 = fields.next()?.parse().ok()?;

@@ -2,6 +2,7 @@
 
 mod disk_groups;
 mod disks;
+mod inspect;
 mod nics;
 mod vm;
 
@@ -106,6 +107,8 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/vm/nics/{id}/announce", post(nics::announce))
         .route("/v1/events", get(sse::events))
         .route("/v1/metrics", get(metrics))
+        .route("/v1/inspect", get(inspect::tree))
+        .route("/v1/inspect/{*path}", get(inspect::part))
         .with_state(app)
 }
 
@@ -113,7 +116,7 @@ pub(super) fn router(app: App) -> Router {
 #[derive(OpenApi)]
 #[openapi(
     paths(
-        version, openapi_json, metrics, sse::events,
+        version, openapi_json, metrics, inspect::tree, inspect::part, sse::events,
         vm::describe, vm::define, vm::patch, vm::forget,
         vm::boot, vm::pause, vm::resume, vm::reset, vm::power_button, vm::sleep_button, vm::shutdown, vm::nmi,
         disks::list, disks::show, disks::put, disks::patch, disks::remove,

@@ -9,6 +9,7 @@ mod signals;
 #[cfg(test)]
 mod tests;
 mod transport;
+mod view;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,6 +20,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use self::layout::{BAR, BAR_KIND, BAR_LENGTH, Layout, MAX_QUEUES, NOTIFY_MULTIPLIER, Region, WindowRegisters};
 use self::signals::Signals;
 use self::transport::{Transport, Wiring};
+use self::view::Shown;
+pub use self::view::{QueueView, TransportState, TransportView};
 use super::{StartError, StillBusy, TransportSignals, VirtioDevice};
 use crate::bus::{BusDevice, VmRequest};
 use crate::interrupt::{MsiController, Vector};
@@ -123,6 +126,7 @@ impl VirtioPci {
             device: device.metrics(),
             trapped_kicks: Counter::default(),
             resets: Counter::default(),
+            shown: Shown::default(),
         });
         let msix = Arc::new(MsixTable::new(vectors));
         let wiring = Wiring { signals: Arc::clone(&signals), msix: Arc::clone(&msix), metrics: Arc::clone(&metrics) };
@@ -181,6 +185,12 @@ impl VirtioPci {
     #[must_use]
     pub fn signals(&self) -> Arc<dyn TransportSignals> {
         Arc::clone(&self.shared.signals) as Arc<dyn TransportSignals>
+    }
+
+    /// A look at the device for whoever must not wait for it.
+    #[must_use]
+    pub fn view(&self) -> TransportView {
+        TransportView(Arc::clone(&self.shared.metrics))
     }
 
     /// The counters of the transport and of the device behind it.
@@ -343,6 +353,7 @@ struct TransportMetrics {
     device: Arc<dyn MetricSource>,
     trapped_kicks: Counter,
     resets: Counter,
+    shown: Shown,
 }
 
 impl MetricSource for TransportMetrics {

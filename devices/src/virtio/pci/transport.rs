@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::TransportMetrics;
 use super::signals::Signals;
+use super::view::{QueueView, TransportState};
 use crate::GuestMemory;
 use crate::interrupt::{NO_VECTOR, QueueInterrupt};
 use crate::pci::msix::MsixTable;
@@ -82,6 +83,18 @@ pub(super) enum Phase {
     Parked,
     /// Told to stop for a reset, not drained yet.
     Resetting,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Parked => "parked",
+            Self::Resetting => "resetting",
+        }
+    }
 }
 
 /// Registers and positions of one queue.
@@ -184,7 +197,7 @@ impl Transport {
             interrupt: QueueInterrupt::among(Arc::clone(wiring.signals.vectors())),
             kick: Arc::clone(kick),
         });
-        Self {
+        let transport = Self {
             queues: queues.collect(),
             offered: (device.features() & !feature::NEVER) | feature::ALWAYS,
             device,
@@ -197,7 +210,25 @@ impl Transport {
             queue_select: 0,
             phase: Phase::Stopped,
             paused: false,
-        }
+        };
+        transport.show();
+        transport
+    }
+
+    /// Leaves a copy of the state for those who look.
+    fn show(&self) {
+        let queue = |queue: &QueueRegisters| QueueView {
+            size: queue.size,
+            enabled: queue.enabled,
+            next_avail: queue.next_avail,
+            next_used: queue.next_used,
+        };
+        self.wiring.metrics.shown.show(TransportState {
+            phase: self.phase.name(),
+            status: self.status,
+            features: self.driver_features,
+            queues: self.queues.iter().map(queue).collect(),
+        });
     }
 
     /// Reads the common configuration, at any width.
@@ -280,12 +311,13 @@ impl Transport {
 
     /// Resets the device, or begins to.
     pub(super) fn try_reset(&mut self) -> Result<(), StillBusy> {
-        if let Err(busy) = self.device.stop() {
-            self.phase = Phase::Resetting;
-            return Err(busy);
+        let stopped = self.device.stop();
+        match stopped {
+            Ok(_) => self.finish_reset(),
+            Err(_) => self.phase = Phase::Resetting,
         }
-        self.finish_reset();
-        Ok(())
+        self.show();
+        stopped.map(drop)
     }
 
     fn finish_reset(&mut self) {
@@ -316,7 +348,7 @@ impl Transport {
     }
 
     fn park(&mut self) -> Result<(), StillBusy> {
-        match self.device.stop() {
+        let parked = match self.device.stop() {
             Ok(stopped) => {
                 for StoppedQueue { index, state } in stopped {
                     if let Some(queue) = self.queues.get_mut(usize::from(index)) {
@@ -330,7 +362,9 @@ impl Transport {
                 self.phase = Phase::Stopping;
                 Err(busy)
             }
-        }
+        };
+        self.show();
+        parked
     }
 
     /// Starts the device on the queues that the driver enabled. Where that fails the driver sees DEVICE_NEEDS_RESET.
@@ -343,6 +377,7 @@ impl Transport {
                 self.wiring.signals.needs_reset(&error.to_string());
             }
         }
+        self.show();
         started
     }
 
@@ -387,6 +422,7 @@ impl Transport {
             self.wiring.signals.driver_ready();
             if self.paused {
                 self.phase = Phase::Parked;
+                self.show();
             } else {
                 // Where it fails the driver reads so from the status.
                 let _ = self.start();

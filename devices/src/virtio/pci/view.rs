@@ -1,0 +1,76 @@
+//! What is shown of a transport to those who must neither wait for it nor hold guest memory.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::TransportMetrics;
+use crate::metrics::MetricSource;
+
+/// A transport as it was when it last changed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TransportState {
+    /// `stopped`, `running`, `stopping`, `parked` or `resetting`.
+    pub phase: &'static str,
+    /// The device status, without DEVICE_NEEDS_RESET (virtio 1.2 §2.1).
+    pub status: u8,
+    /// The features that the driver chose.
+    pub features: u64,
+    /// The queues.
+    pub queues: Vec<QueueView>,
+}
+
+/// A queue as it was when its transport last changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueView {
+    /// Entries, as the driver chose.
+    pub size: u16,
+    /// Whether the driver enabled it.
+    pub enabled: bool,
+    /// Where the available ring was read up to when the device last stopped.
+    pub next_avail: u16,
+    /// Where the used ring was written up to when the device last stopped.
+    pub next_used: u16,
+}
+
+/// The place where a transport leaves its state: a copy, locked only to be replaced or copied.
+#[derive(Debug, Default)]
+pub(super) struct Shown(Mutex<TransportState>);
+
+impl Shown {
+    pub(super) fn show(&self, state: TransportState) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    fn state(&self) -> TransportState {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A look at a transport from any thread: it waits for nothing, and holds no guest memory.
+#[derive(Clone)]
+pub struct TransportView(pub(super) Arc<TransportMetrics>);
+
+impl TransportView {
+    /// The identifier of the device.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        self.0.signals.id()
+    }
+
+    /// Whether the driver broke the device and has to reset it.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.0.signals.is_broken()
+    }
+
+    /// The state when it last changed.
+    #[must_use]
+    pub fn state(&self) -> TransportState {
+        self.0.shown.state()
+    }
+
+    /// The counters of the transport and of the device behind it.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<dyn MetricSource> {
+        Arc::clone(&self.0) as Arc<dyn MetricSource>
+    }
+}
