@@ -87,7 +87,8 @@ fn source(name: &str) -> &'static str {
         "tpm",
         "rtc",
         "flash",
-        "images"
+        "images",
+        "crash"
     )
 }
 
