@@ -139,6 +139,9 @@ pub(super) struct Worker {
     tap_generation: u64,
     /// When the first worker looks again whether a lost tap is back.
     retry: Option<Instant>,
+    /// The tap had something to tell, and it was no frame. Linux tells that a tap is deleted while it still is one, and never
+    /// again.
+    suspect: bool,
     /// An announcement that is under way. The first worker makes it.
     rounds: Option<Rounds>,
     /// Wakes for interrupts that were held back: epoll's own timeout counts milliseconds, and they want microseconds.
@@ -176,6 +179,7 @@ impl Worker {
             announcements: 0,
             tap_generation: 0,
             retry: None,
+            suspect: false,
             rounds: None,
             timer,
             alarm: None,
@@ -212,7 +216,9 @@ impl Worker {
             self.look_after_tap();
             self.follow_tap(counters, tap);
             self.announce(tap);
+            let received = counters.rx_packets.value();
             more = self.turn(counters, tap);
+            self.suspect &= counters.rx_packets.value() == received;
         }
     }
 
@@ -223,7 +229,10 @@ impl Worker {
             (Some(Token::Call), _) => self.pass_calls_on(counters),
             (Some(Token::VhostError), _) => self.vhost_error(counters),
             (Some(Token::Timer), _) => self.alarm = None,
-            (Some(token), Some(running)) => running.mark(token, event.event_set(), counters),
+            (Some(token), Some(running)) => {
+                self.suspect |= token == Token::Tap;
+                running.mark(token, event.event_set(), counters);
+            }
             _ => {}
         }
         true
@@ -255,20 +264,33 @@ impl Worker {
         }
     }
 
-    /// The first worker sees whether a tap that was deleted has been made again, once a second while it is lost; and as
-    /// often whether the tap works from which the kernel moves frames, which keeps to itself what it meets there.
+    /// The first worker sees whether a tap that was deleted has been made again, once a second while it is lost; as often
+    /// whether the tap works from which the kernel moves frames, which keeps to itself what it meets there; and a second later
+    /// whether one still is there that had no frame when it told of something.
     fn look_after_tap(&mut self) {
         let shared = &self.shared;
         let lost = shared.is_tap_lost();
-        if self.index > 0 || !(lost || self.is_in_kernel()) {
+        let in_kernel = self.is_in_kernel();
+        if self.index > 0 || !(lost || in_kernel || self.suspect) {
             self.retry = None;
             return;
         }
         let now = Instant::now();
+        if !(lost || in_kernel) && self.retry.is_none() {
+            self.retry = Some(now + RETRY);
+        }
         if self.retry.is_some_and(|retry| now < retry) {
             return;
         }
         self.retry = Some(now + RETRY);
+        self.suspect = false;
+        if !(lost || in_kernel) {
+            if shared.tap.is_gone() {
+                shared.tap_failed("receive frames", &std::io::Error::from_raw_os_error(libc::EBADFD));
+                shared.wake_all();
+            }
+            return;
+        }
         if !lost {
             if let Err(error) = shared.tap.check() {
                 shared.tap_failed("pass frames", &error);
