@@ -25,7 +25,7 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "FORMAT", default_value = "human")]
     pub log_format: LogFormat,
     /// What happens to a thread that makes a system call which it is not meant to make.
-    #[arg(long, global = true, value_name = "MODE", env = "RACKVISOR_SECCOMP", default_value = "on")]
+    #[arg(long, global = true, value_name = "MODE", env = "RACKVISOR_SECCOMP", default_value = "log")]
     pub seccomp: Seccomp,
     /// Where to log: stderr, file:PATH (opened anew after SIGHUP), journald or syslog.
     #[arg(long, global = true, value_name = "WHERE", default_value = "stderr")]
