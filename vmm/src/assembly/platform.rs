@@ -6,7 +6,7 @@ use kvm_ioctls::VmFd;
 use rackvisor_api::config::{CpusConfig, VmConfig};
 use rackvisor_api::problem::{Pointer, Problem};
 use rackvisor_devices::GuestMemory;
-use rackvisor_devices::bus::Bus;
+use rackvisor_devices::bus::{Bus, BusError};
 use rackvisor_devices::chipset::{
     COM1_IRQ, Chipset, ChipsetConfig, DebugSink, PowerManagement, RTC_IRQ, RtcTimer, SCI_IRQ,
 };
@@ -99,9 +99,8 @@ pub fn build(
     let bridge = Arc::new(bridge);
     let function = Arc::clone(&bridge) as Arc<dyn PciFunction>;
     let lpc = Arc::new(LpcBridge::new(Arc::clone(&chipset.smi)));
-    for (slot, function) in [(HOST_BRIDGE_SLOT, function), (LPC_SLOT, lpc as _)] {
-        root.insert(slot, function).map_err(|e| AssemblyError::host("chipset")(&e))?;
-    }
+    let plugged = |(slot, function)| root.insert(slot, function).map_err(|e| AssemblyError::host("chipset")(&e));
+    [(HOST_BRIDGE_SLOT, function), (LPC_SLOT, lpc as _)].into_iter().try_for_each(plugged)?;
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
@@ -111,8 +110,7 @@ pub fn build(
         Arc::new(GenerationId::new(page, id.memory(), ram.shared(), power))
     });
     if let Some(tpm) = &tpm {
-        mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _).map_err(conflict)?;
-        mmio.insert(tpm::PPI_BASE, tpm::PPI_LENGTH, tpm.ppi() as _).map_err(conflict)?;
+        plug_tpm(tpm, &mmio).map_err(conflict)?;
     }
     let facts = Facts {
         pvpanic: config.pvpanic,
@@ -139,6 +137,12 @@ pub fn build(
         _clock: timer,
         ram_size,
     })
+}
+
+/// Its registers, and the memory by which the guest's system asks the firmware for what only somebody present may ask.
+fn plug_tpm(tpm: &Tpm, mmio: &Bus) -> Result<(), BusError> {
+    mmio.insert(tpm::BASE, tpm::LENGTH, tpm.registers() as _)?;
+    mmio.insert(tpm::PPI_BASE, tpm::PPI_LENGTH, tpm.ppi() as _)
 }
 
 /// The guest must be able to reach all of its addresses with the bits that it is shown.
