@@ -1,7 +1,9 @@
 //! Bytes on the API's socket, in front of a controller without a VM.
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,11 +12,12 @@ use std::time::Duration;
 use rackvisor_api::server::{Limits, Server, ServerHandle};
 use rackvisor_api::state::VmState;
 use rackvisor_api::testing::{Machine, full_config, small_config};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::input::Input;
 
 const METHODS: [&str; 6] = ["GET", "PUT", "PATCH", "POST", "DELETE", "HEAD"];
-const PATHS: [&str; 20] = [
+const PATHS: [&str; 24] = [
     "/v1/vm",
     "/v1/vm/disks",
     "/v1/vm/disks/root",
@@ -33,6 +36,10 @@ const PATHS: [&str; 20] = [
     "/v1/vm/nmi",
     "/v1/events?from=0",
     "/v1/metrics",
+    "/v1/inspect",
+    "/v1/inspect/devices/root",
+    "/v1/inspect/%2e%2e/vcpus/0",
+    "/v1/events?from=18446744073709551615",
     "/v1/version",
     "/v1/openapi.json",
 ];
@@ -60,11 +67,14 @@ impl Stage {
         Self { machine, socket, _server: server, _folder: folder }
     }
 
-    /// Says it, and hears what comes back.
-    fn say(&self, parts: &[&[u8]], patience: Duration) -> Vec<u8> {
+    /// Says it, with so many descriptors, and hears what comes back.
+    fn say(&self, descriptors: usize, parts: &[&[u8]], patience: Duration) -> Vec<u8> {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
         stream.set_read_timeout(Some(patience)).unwrap();
         stream.set_write_timeout(Some(HANG)).unwrap();
+        if descriptors > 0 {
+            pass(&stream, descriptors);
+        }
         for part in parts {
             // It may have closed already.
             let _ = stream.write_all(part);
@@ -74,6 +84,16 @@ impl Stage {
         let _ = stream.take(4 << 20).read_to_end(&mut answer);
         answer
     }
+}
+
+/// Says nothing yet but an empty line, which a request may begin with, and passes descriptors with it (SCM_RIGHTS).
+fn pass(stream: &UnixStream, descriptors: usize) {
+    let fds = vec![stream.as_fd(); descriptors];
+    let rights = SendAncillaryMessage::ScmRights(&fds);
+    let mut room = vec![MaybeUninit::uninit(); rights.size()];
+    let mut ancillary = SendAncillaryBuffer::new(&mut room);
+    assert!(ancillary.push(rights), "there is room");
+    let _ = sendmsg(stream, &[IoSlice::new(b"\r\n")], &mut ancillary, SendFlags::NOSIGNAL);
 }
 
 /// Plays a client.
@@ -89,18 +109,19 @@ pub fn play(data: &[u8]) {
     };
     let state = config.as_ref().map_or(VmState::Undefined, |_| VmState::ALL[1 + usize::from(shape >> 3) % 5]);
     stage.machine.force(state, config);
+    let descriptors = if shape & 2 == 0 { 0 } else { usize::from(input.byte()) % 100 };
     if shape & 1 == 0 {
-        stage.say(&[input.rest()], SOON);
+        stage.say(descriptors, &[input.rest()], SOON);
     } else {
-        let (method, path) = (METHODS[usize::from(input.below(6))], PATHS[usize::from(input.below(20))]);
+        let (method, path) = (METHODS[usize::from(input.below(6))], PATHS[usize::from(input.below(24))]);
         let body = input.rest();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: vm\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
             body.len()
         );
-        let answer = stage.say(&[head.as_bytes(), body], SOON);
+        let answer = stage.say(descriptors, &[head.as_bytes(), body], SOON);
         assert!(!answer.starts_with(b"HTTP/1.1 5") || answer.starts_with(b"HTTP/1.1 501"), "{method} {path}: broken");
     }
-    let answer = stage.say(&[b"GET /v1/version HTTP/1.1\r\nhost: vm\r\nconnection: close\r\n\r\n"], HANG);
+    let answer = stage.say(0, &[b"GET /v1/version HTTP/1.1\r\nhost: vm\r\nconnection: close\r\n\r\n"], HANG);
     assert!(answer.starts_with(b"HTTP/1.1 200"), "the server does not answer any more");
 }

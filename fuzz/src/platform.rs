@@ -7,6 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rackvisor::assembly::{Facts, Tables};
 use rackvisor_devices::bus::{Bus, VmRequest};
 use rackvisor_devices::chipset::{Chipset, ChipsetConfig, DebugSink, RtcTimer};
 use rackvisor_devices::console::{Console, ConsoleMode, InputSink};
@@ -18,6 +19,7 @@ use rackvisor_devices::interrupt::double::TestMsis;
 use rackvisor_devices::limiter::Limits;
 use rackvisor_devices::net::{NetOptions, Tap, VirtioNet};
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
+use rackvisor_devices::pci::smram::{Hidden, Smram, SmramMapping};
 use rackvisor_devices::pci::{Root, Windows};
 use rackvisor_devices::tpm::{PPI_BASE, PPI_LENGTH, Ppi};
 use rackvisor_devices::virtio::VirtioDevice;
@@ -29,6 +31,9 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap, MmapReg
 use crate::input::Input;
 
 const RAM: usize = 1 << 20;
+/// What tables say of memory.
+const TOLD_RAM: u64 = 6 << 30;
+const TSEG_MIB: u16 = 16;
 const ECAM: u64 = 0xb000_0000;
 const FLASH: usize = 0x2000;
 const FLASH_BASE: u64 = (1 << 32) - FLASH as u64;
@@ -76,6 +81,12 @@ impl InterruptLine for Nothing {
 impl DebugSink for Nothing {
     fn line(&self, line: &str) {
         assert!(line.len() <= 1024, "a line of {} bytes", line.len());
+    }
+}
+
+impl SmramMapping for Nothing {
+    fn hide(&self, _hidden: Hidden) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -153,12 +164,15 @@ impl Machine {
         });
         chipset.attach(&pio).unwrap();
         root.claim_config_ports(Some(Arc::clone(&chipset.reset_control) as _)).unwrap();
-        root.insert(0, Arc::new(HostBridge::new(Some(ECAM), root.ecam()))).unwrap();
+        let bridge = HostBridge::new(Some(ECAM), root.ecam()).with_smram(Smram::new(Box::new(Nothing), TSEG_MIB));
+        let bridge = Arc::new(bridge);
+        root.insert(0, Arc::clone(&bridge) as _).unwrap();
         root.insert(31, Arc::new(LpcBridge::new(Arc::clone(&chipset.smi)))).unwrap();
-        let source = Box::new(|| Ok(vec![FwCfgFile::new("etc/late", vec![7; 100])]));
         let files = vec![FwCfgFile::new("etc/early", vec![1; 300])];
         let power = Arc::clone(&chipset.power);
         let generation = Arc::new(GenerationId::new(None, [0; 16], memory.clone(), power));
+        let tables = tables(bridge, &root, &generation);
+        let source = Box::new(move || tables.files());
         let placed = Arc::clone(&generation);
         let address = AddressFile(Box::new(move |page| placed.placed(page)));
         let live = [("etc/address", Arc::new(address) as _)].into_iter().chain(chipset.smi.files());
@@ -220,6 +234,13 @@ impl Machine {
         let function = self.root.function(1 + index % DEVICES as u8).unwrap();
         function.bars().first().and_then(|bar| bar.address).unwrap_or(1 << 32)
     }
+}
+
+/// ACPI tables, made of where the guest has put configuration space and BARs when it asks for them.
+fn tables(bridge: Arc<HostBridge>, root: &Arc<Root>, generation: &Arc<GenerationId>) -> Tables {
+    let generation = Some(Arc::clone(generation));
+    let facts = Facts { pvpanic: true, watchdog: true, tpm: true, numa: Vec::new(), generation };
+    Tables { apic_ids: vec![0, 1], ram: TOLD_RAM, facts, bridge, root: Some(Arc::downgrade(root)) }
 }
 
 /// The devices on PCI, and the network of the card.

@@ -6,6 +6,7 @@ pub mod rng;
 
 use std::time::{Duration, Instant};
 
+use rackvisor_devices::limiter::{Limits, Rate};
 use rackvisor_devices::virtio::VirtioDevice;
 use rackvisor_devices::virtio::double::{EVENT_IDX, INDIRECT_DESC, RAM_BASE, TestDriver};
 
@@ -20,6 +21,8 @@ const ACTIONS: usize = 64;
 const HANG: Duration = Duration::from_secs(20);
 /// How long a kicked device may take before the driver goes on without it.
 const SOON: Duration = Duration::from_millis(1);
+/// Few enough that a queue waits for its turn when it is to stop.
+const SLOW: Limits = Limits { ops: Some(Rate { per_second: 100, burst: Some(2) }), bytes: None };
 /// In flags of descriptors (virtio 1.2 §2.7.5).
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use rackvisor_devices::block::{BlockOptions, ErrorPolicy, VirtioBlock};
+use rackvisor_devices::limiter::Limits;
 use rackvisor_devices::{NoNotifier, PlainThreads};
 use tempfile::NamedTempFile;
 
-use super::Bench;
+use super::{Bench, SLOW};
 use crate::input::Input;
 
 const BYTES: u64 = 64 << 10;
@@ -31,6 +32,7 @@ pub fn play(data: &[u8]) {
         read_only: bit(1),
         block_size: bit(2).then_some(4096),
         writeback: !bit(3),
+        limits: if bit(5) { SLOW } else { Limits::default() },
         on_error: if bit(4) { ErrorPolicy::Stop } else { ErrorPolicy::Report },
         ..BlockOptions::new("disk", path)
     };

@@ -1,20 +1,21 @@
-//! virtio-net on a pair of sockets.
+//! virtio-net on a pair of sockets. With RSS where this process may load BPF programs.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
 use rackvisor_devices::limiter::Limits;
-use rackvisor_devices::net::{NetOptions, Tap, VirtioNet};
+use rackvisor_devices::net::{NetError, NetOptions, Tap, VirtioNet};
 use rackvisor_devices::{NoNotifier, PlainThreads};
 
-use super::Bench;
+use super::{Bench, SLOW};
 use crate::input::Input;
 
-/// Plays a driver of a network card, and the network.
-pub fn play(data: &[u8]) {
-    let input = &mut Input::new(data);
-    let shape = input.byte();
+/// In the byte that says what the card is like.
+const RSS: u8 = 1 << 4;
+
+/// A card, and the other ends of its queues.
+fn card(shape: u8) -> Result<(VirtioNet, Vec<UnixDatagram>), NetError> {
     let bit = |bit: u8| shape & (1 << bit) != 0;
     let pairs = 1 + u16::from(bit(0));
     let (ours, network): (Vec<OwnedFd>, Vec<UnixDatagram>) = (0..pairs)
@@ -24,6 +25,7 @@ pub fn play(data: &[u8]) {
             (OwnedFd::from(ours), theirs)
         })
         .unzip();
+    let limits = if bit(5) { SLOW } else { Limits::default() };
     let options = NetOptions {
         id: "nic".to_owned(),
         tap: Tap::double(ours),
@@ -33,12 +35,23 @@ pub fn play(data: &[u8]) {
         mtu: bit(1).then_some(1500),
         link_up: !bit(2),
         antispoof: bit(3),
-        rss: false,
+        rss: shape & RSS != 0 && pairs > 1,
         vhost: false,
-        rx_limits: Limits::default(),
-        tx_limits: Limits::default(),
+        rx_limits: limits,
+        tx_limits: limits,
     };
-    let device = VirtioNet::new(options, &PlainThreads, Arc::new(NoNotifier)).unwrap();
+    Ok((VirtioNet::new(options, &PlainThreads, Arc::new(NoNotifier))?, network))
+}
+
+/// Plays a driver of a network card, and the network.
+pub fn play(data: &[u8]) {
+    let input = &mut Input::new(data);
+    let shape = input.byte();
+    let (device, network) = match card(shape) {
+        Err(NetError::Steering { .. }) => card(shape & !RSS),
+        made => made,
+    }
+    .unwrap();
     let handle = device.handle();
     let mut frame = vec![0; 1 << 17];
     Bench::new(device, input).play(input, |input, _| {

@@ -33,6 +33,7 @@ pub use self::console::StdioHooks;
 pub use self::disks::{DiskStore, StoredDisk};
 pub use self::inventory::{Inventory, LiveDisk, LiveNic};
 pub use self::machine::Machine;
+pub use self::tables::{Facts, Platform as Tables};
 pub use self::taps::{Claim, InheritedTaps, Taps};
 use crate::boot::BootError;
 use crate::boot::image::ImageError;
