@@ -1,9 +1,10 @@
 # The everyday commands. Each does its own set-up: as root on Debian nothing but Rust must be there before.
 CARGO ?= cargo
 
-SECONDS ?= 30
+# Not that of the environment: shells have a variable of this name that counts.
+SECONDS = 30
 
-.PHONY: help demo test fuzz lint fmt clippy docs guest bench-block bench-boot bench-memory bench-net bench-path bench-uefi static \
+.PHONY: help demo test fuzz lint fmt clippy docs guest bench-api bench-block bench-boot bench-memory bench-net bench-path bench-uefi static \
 	release reproducible man
 
 help: ## this list
@@ -45,10 +46,13 @@ reproducible: ## the same, twice, and compared
 	@resources/release --twice
 
 man: ## the manual pages in resources/man, from the command lines
-	UPDATE_MAN=1 $(CARGO) test --locked -p rackvisor -p rackvisor-api -p rackvisor-jailer --bins manual_page
+	UPDATE_MAN=1 $(CARGO) test --locked -p rackvisor -p rackvisor-api -p rackvisor-jailer --bins manual_pages
 
 guest: ## the test guest, in out/guest
 	@resources/guest/build
+
+bench-api: ## what clients that hammer the API cost a guest's disk
+	@benches/api
 
 bench-block: ## disks, side by side with other VMMs
 	@benches/block
