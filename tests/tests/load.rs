@@ -1,17 +1,17 @@
-//! The API under load does not reach the guest.
+//! The API under load. How much of it the guest notices is for `make bench-api` to measure.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking, also in its helpers")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use rackvisor_tests::{Rackvisor, linux_with_fio, needs_kvm, tell};
 
 const CONNECTIONS: usize = 100;
-/// Of requests of the guest, the longest bucket below 100 ms.
+/// Of requests of the guest, the longest bucket below 100 ms: what is above is only told.
 const LIMIT: &str = "le=\"0.065536\"";
 
 /// What clients ask, and the statuses that answer it.
@@ -63,39 +63,44 @@ fn resident(vmm: &Rackvisor) -> u64 {
 }
 
 #[test]
-fn a_hundred_connections_that_hammer_the_api_are_all_answered_and_the_guests_io_does_not_notice() {
+fn a_hundred_connections_that_hammer_the_api_while_the_guest_does_io_are_all_answered_and_memory_stays_bounded() {
     needs_kvm!();
     let vmm = Rackvisor::start();
     let mut config = linux_with_fio();
     config.disks = vec![vmm.image("data", &vec![0; 8 << 20])];
     let mut guest = vmm.boot_linux(&config);
-    let fio = |seconds: u32| {
-        format!(
+    // Its requests, and how many of them were late. What memory costs once is there when the first of two is over.
+    let mut io = || {
+        let before = requests(&vmm);
+        guest.ok(
             "fio --name=a --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --iodepth=4 --size=8m \
-            --time_based --runtime={seconds} --output=/tmp/said || cat /tmp/said"
-        )
+            --time_based --runtime=5 --output=/tmp/said || cat /tmp/said",
+        );
+        let after = requests(&vmm);
+        (after.0 - before.0, after.1 - before.1)
     };
-    // What memory costs once is there before it is measured.
-    guest.ok(&fio(1));
-    let stop = AtomicBool::new(false);
-    let (before, resident_before) = (requests(&vmm), resident(&vmm));
-    let answered = AtomicU64::new(0);
-    thread::scope(|scope| {
-        for connection in 0..CONNECTIONS {
-            let (socket, stop, answered) = (vmm.client.socket(), &stop, &answered);
-            scope.spawn(move || answered.fetch_add(hammer(socket, connection, stop), Ordering::Relaxed));
-        }
-        guest.ok(&fio(6));
+    let quiet = io();
+    let (resident_before, stop) = (resident(&vmm), AtomicBool::new(false));
+    let (loaded, answered) = thread::scope(|scope| {
+        let hammer = |connection| {
+            let (socket, stop) = (vmm.client.socket(), &stop);
+            scope.spawn(move || hammer(socket, connection, stop))
+        };
+        let connections: Vec<_> = (0..CONNECTIONS).map(hammer).collect();
+        // Also if it fails, the clients have an end.
+        let loaded = scope.spawn(io).join();
         stop.store(true, Ordering::Relaxed);
+        (loaded.unwrap(), connections.into_iter().map(|connection| connection.join().unwrap()).collect::<Vec<_>>())
     });
-    let (after, grown) = (requests(&vmm), resident(&vmm).saturating_sub(resident_before));
-    let (done, late) = (after.0 - before.0, after.1 - before.1);
-    let answered = answered.into_inner();
+    let grown = resident(&vmm).saturating_sub(resident_before);
+    let (all, least) = (answered.iter().sum::<u64>(), *answered.iter().min().unwrap());
     tell(&format!(
-        "{answered} requests of clients answered, {done} of the guest, {late} of them late; {grown} MiB more"
+        "{all} requests of clients answered, {least} on one connection at least; of the guest {} ({} late) without them, {} \
+        ({} late) with them; {grown} MiB more",
+        quiet.0, quiet.1, loaded.0, loaded.1
     ));
-    assert!(answered >= CONNECTIONS as u64 && done > 100, "{answered} {done}");
-    // The laboratory's processor is emulated: there the figure only tells.
-    assert!(late == 0 || std::env::var_os("LAB").is_some(), "{late} requests of the guest took longer than 65 ms");
+    // Each stopped only when it had the answer to what it asked last.
+    assert!(least >= 1, "{answered:?}");
+    assert!(quiet.0 > 100 && loaded.0 > 100, "{quiet:?} {loaded:?}");
     assert!(grown <= 32, "{grown} MiB more");
 }
