@@ -67,14 +67,16 @@ impl GenerationId {
 
     /// The firmware has put the page to `page`. Where no RAM is it is taken for not placed.
     pub fn placed(&self, page: u64) {
-        tracing::debug!("the firmware has put the page with the generation ID to page={page:#x}");
         let mut state = self.lock();
         state.place = Place::Firmware(Some(page));
-        if let Err(error) = self.write(&state) {
+        let written = self.write(&state);
+        if written.is_err() {
             state.place = Place::Firmware(None);
-            if let Some(held_back) = PLACE_LOG.pass() {
-                tracing::warn!(held_back, "the firmware gave no place in RAM to the generation ID: {error}");
-            }
+        }
+        let Some(held_back) = PLACE_LOG.pass() else { return };
+        match written {
+            Ok(()) => tracing::debug!(held_back, "the firmware has put the generation ID to page={page:#x}"),
+            Err(error) => tracing::warn!(held_back, "the firmware gave no place in RAM to the generation ID: {error}"),
         }
     }
 

@@ -42,6 +42,28 @@ struct Table {
     function_masked: bool,
 }
 
+/// A table as it is at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MsixView {
+    /// Whether the driver uses MSI-X.
+    pub enabled: bool,
+    /// Whether it has masked all vectors at once.
+    pub function_masked: bool,
+    /// The vectors.
+    pub vectors: Vec<VectorView>,
+}
+
+/// A vector as it is at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VectorView {
+    /// Where and what it writes.
+    pub message: MsiMessage,
+    /// Whether the driver has masked it.
+    pub masked: bool,
+    /// Whether an interrupt waits for an unmasking.
+    pub pending: bool,
+}
+
 /// Table and pending bits.
 pub struct MsixTable {
     vectors: Arc<[Arc<Vector>]>,
@@ -124,6 +146,19 @@ impl MsixTable {
                 *byte |= u8::from(vector.is_pending()) << bit;
             }
         }
+    }
+
+    /// The table as it is now, for whoever wants to look at it.
+    #[must_use]
+    pub fn view(&self) -> MsixView {
+        let table = self.lock();
+        let entries = table.entries.iter().zip(self.vectors.iter());
+        let vectors = entries.map(|(entry, vector)| VectorView {
+            message: entry.message,
+            masked: entry.masked,
+            pending: vector.is_pending(),
+        });
+        MsixView { enabled: table.enabled, function_masked: table.function_masked, vectors: vectors.collect() }
     }
 
     /// Forgets interrupts that wait for an unmasking: the device that raised them was reset.

@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use self::layout::{BAR, BAR_KIND, BAR_LENGTH, Layout, MAX_QUEUES, NOTIFY_MULTIPLIER, Region, WindowRegisters};
 use self::signals::Signals;
 use self::transport::{Transport, Wiring};
-use self::view::Shown;
+use self::view::{Place, Shown};
 pub use self::view::{QueueView, TransportState, TransportView};
 use super::{StartError, StillBusy, TransportSignals, VirtioDevice};
 use crate::bus::{BusDevice, VmRequest};
@@ -121,17 +121,19 @@ impl VirtioPci {
             Err(source) => return Err(TransportError::Host { id, source }),
         };
         let signals = Arc::new(Signals::new(id, notifier, Arc::clone(&vectors)));
+        let msix = Arc::new(MsixTable::new(vectors));
+        let Layout { config, msix_control, window } = layout;
         let metrics = Arc::new(TransportMetrics {
             signals: Arc::clone(&signals),
+            msix: Arc::clone(&msix),
+            place: Place::of(&config),
             device: device.metrics(),
             trapped_kicks: Counter::default(),
             resets: Counter::default(),
             shown: Shown::default(),
         });
-        let msix = Arc::new(MsixTable::new(vectors));
         let wiring = Wiring { signals: Arc::clone(&signals), msix: Arc::clone(&msix), metrics: Arc::clone(&metrics) };
         let transport = Transport::new(device, memory, wiring, &kicks);
-        let Layout { config, msix_control, window } = layout;
         let state = Mutex::new(State { config, msix_control, window, transport });
         Ok(Self { shared: Arc::new(Shared { signals, msix, kicks, state, metrics }) })
     }
@@ -177,6 +179,7 @@ impl VirtioPci {
         let mut state = self.shared.lock();
         state.transport.try_reset()?;
         state.config.reset();
+        self.shared.metrics.place.follow(&state.config);
         self.shared.msix.reset();
         Ok(())
     }
@@ -228,6 +231,7 @@ impl PciFunction for VirtioPci {
         let mut state = self.shared.lock();
         let state = &mut *state;
         let moved = state.config.write(offset, data);
+        self.shared.metrics.place.follow(&state.config);
         self.shared.msix.set_control(state.config.word(state.msix_control));
         if overlaps(offset, data.len(), state.window.data)
             && let Some((target, length)) = state.window_target()
@@ -350,6 +354,8 @@ impl BusDevice for Shared {
 /// What the transport counts.
 struct TransportMetrics {
     signals: Arc<Signals>,
+    msix: Arc<MsixTable>,
+    place: Place,
     device: Arc<dyn MetricSource>,
     trapped_kicks: Counter,
     resets: Counter,

@@ -120,12 +120,14 @@ impl TransportSignals for Signals {
             return;
         }
         self.needs_resets.increment();
-        if let Some(held_back) = self.log.pass() {
-            tracing::warn!(device = self.id, held_back, "guest broke the device, it waits for a reset: {reason}");
-        }
         if self.driver_ok.load(Ordering::SeqCst) {
             self.interrupt();
         }
-        self.notifier.notify(&self.id, DeviceEvent::NeedsReset { reason: reason.to_owned() });
+        // A driver that does it over and over fills neither the log nor the events, of which only so many are kept. The counter
+        // has them all.
+        if let Some(held_back) = self.log.pass() {
+            tracing::warn!(device = self.id, held_back, "guest broke the device, it waits for a reset: {reason}");
+            self.notifier.notify(&self.id, DeviceEvent::NeedsReset { reason: reason.to_owned() });
+        }
     }
 }

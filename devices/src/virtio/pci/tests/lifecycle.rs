@@ -90,6 +90,49 @@ fn a_reset_clears_needs_reset_and_pending_interrupts_but_not_the_vectors_of_the_
 }
 
 #[test]
+fn a_driver_that_breaks_its_device_over_and_over_does_not_fill_the_events() {
+    let driver = Driver::new();
+    for _ in 0..100 {
+        driver.negotiate();
+        driver.set_status(DRIVER_READY);
+        driver.pci.signals().needs_reset("a test");
+        assert_eq!(driver.status(), 0x40 | DRIVER_READY);
+        driver.set_status(0);
+    }
+    assert_eq!(driver.notified.0.lock().unwrap().len(), 5, "as many as lines of the log");
+    let mut counted = 0;
+    driver.pci.metrics().collect(&mut |sample| {
+        if let ("virtio_needs_resets", Value::Counter(count)) = (sample.name, sample.value) {
+            counted = count;
+        }
+    });
+    assert_eq!(counted, 100);
+}
+
+#[test]
+fn what_is_shown_follows_the_command_register_the_bar_and_the_vectors() {
+    let driver = Driver::ready();
+    let view = driver.pci.view();
+    let config = |offset: u16, data: &[u8]| {
+        let _ = driver.pci.config_write(offset, data);
+    };
+    config(0x10, &0x1_0000_u32.to_le_bytes());
+    config(0x14, &2u32.to_le_bytes());
+    config(0x04, &4u16.to_le_bytes());
+    assert_eq!((view.command(), view.bar()), (4, None));
+    config(0x04, &6u16.to_le_bytes());
+    assert_eq!((view.command(), view.bar()), (6, Some(0x2_0001_0000)));
+    let masked = |view: &TransportView| view.interrupts().vectors.iter().map(|v| v.masked).collect::<Vec<_>>();
+    assert!(masked(&view).iter().all(|masked| *masked));
+    driver.use_interrupts();
+    let interrupts = view.interrupts();
+    assert!(interrupts.enabled && !interrupts.function_masked);
+    assert!(masked(&view).iter().any(|masked| !masked));
+    driver.pci.reset().unwrap();
+    assert_eq!((view.command(), view.bar(), view.interrupts().enabled), (0, None, false));
+}
+
+#[test]
 fn the_driver_state_follows_what_the_driver_does() {
     let driver = Driver::new();
     assert_eq!(driver.pci.driver_state(), DriverState::Idle);
