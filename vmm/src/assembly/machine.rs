@@ -71,6 +71,7 @@ impl Machine {
         platform.add_firmware(config, host, &vm, ram.shared(), &apic_ids)?;
         let mut inventory = Inventory::new(console.pty_path());
         inventory.clock = Some(platform.live_clock());
+        inventory.parts.memory = ram.slots().collect();
         inventory.parts.tpm = platform.tpm().map(Tpm::metrics);
         inventory.parts.metrics.extend(inventory.parts.tpm.clone());
         inventory.generation = platform.generation().cloned();

@@ -7,12 +7,14 @@ use std::fs;
 
 use rackvisor_api::config::{VmConfig, slot_assignment};
 use rackvisor_devices::metrics::{MetricSource, Value as Metric};
+use rackvisor_devices::pci::msix::{MsixView, VectorView};
 use serde_json::{Map, Value, json};
 
 use super::{Live, ProcessMetrics, Telemetry, process};
+use crate::memory::Slot;
 
 /// The parts of the tree.
-const SECTIONS: [&str; 6] = ["control", "vcpus", "devices", "tpm", "threads", "process"];
+const SECTIONS: [&str; 7] = ["control", "vcpus", "memory", "devices", "tpm", "threads", "process"];
 
 impl Telemetry {
     /// The part of the tree at `path`, names joined by `/`; empty: all of it. `None` where there is nothing.
@@ -36,6 +38,7 @@ fn section(live: &Live, name: &str) -> Option<Value> {
     Some(match name {
         "control" => control(live),
         "vcpus" => vcpus(live),
+        "memory" => memory(live),
         "devices" => devices(live),
         "tpm" => counters(live.tpm.as_deref()?),
         "threads" => threads(),
@@ -66,6 +69,25 @@ pub(super) fn vcpus(live: &Live) -> Value {
     live.vcpus.iter().map(vcpu).collect()
 }
 
+fn memory(live: &Live) -> Value {
+    // Not where they are on the host: that is for nobody to know.
+    let slot = |slot: &Slot| json!({ "address": format!("{:#x}", slot.start), "bytes": slot.length });
+    live.memory.iter().map(slot).collect()
+}
+
+fn interrupts(msix: &MsixView) -> Value {
+    let vector = |vector: &VectorView| {
+        json!({
+            "address": format!("{:#x}", vector.message.address),
+            "data": format!("{:#x}", vector.message.data),
+            "masked": vector.masked,
+            "pending": vector.pending,
+        })
+    };
+    let vectors: Vec<Value> = msix.vectors.iter().map(vector).collect();
+    json!({ "enabled": msix.enabled, "masked": msix.function_masked, "vectors": vectors })
+}
+
 fn devices(live: &Live) -> Value {
     let slots = live.config.as_deref().and_then(|config: &VmConfig| slot_assignment(config).ok()).unwrap_or_default();
     let device = |view: &rackvisor_devices::virtio::pci::TransportView| {
@@ -74,11 +96,14 @@ fn devices(live: &Live) -> Value {
         let queue = |queue: &rackvisor_devices::virtio::pci::QueueView| json!({ "size": queue.size, "enabled": queue.enabled, "next_avail": queue.next_avail, "next_used": queue.next_used });
         let shown = json!({
             "pci": slot,
+            "command": format!("{:#x}", view.command()),
+            "bar": view.bar().map(|address| format!("{address:#x}")),
             "phase": state.phase,
             "broken": view.is_broken(),
             "status": format!("{:#x}", state.status),
             "features": format!("{:#x}", state.features),
             "queues": state.queues.iter().map(queue).collect::<Vec<_>>(),
+            "interrupts": interrupts(&view.interrupts()),
             "counters": counters(&*view.metrics()),
         });
         (view.id().to_owned(), shown)

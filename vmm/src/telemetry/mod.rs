@@ -19,6 +19,7 @@ use rackvisor_devices::virtio::pci::TransportView;
 
 pub use self::process::ProcessMetrics;
 use crate::cpu::metrics::VcpuMetrics;
+use crate::memory::Slot;
 
 /// What the control thread says of itself.
 #[derive(Debug, Clone, Default)]
@@ -48,6 +49,8 @@ pub struct Parts {
     pub transports: Vec<TransportView>,
     /// The vCPUs.
     pub vcpus: Vec<Arc<VcpuMetrics>>,
+    /// The slots that RAM consists of.
+    pub memory: Vec<Slot>,
     /// The TPM.
     pub tpm: Option<Arc<dyn MetricSource>>,
 }
