@@ -74,15 +74,17 @@ pub enum ThreadKind {
     Flash,
     /// Loads kernel and initrd.
     Images,
-    /// Does what may wait, and starts all others.
+    /// Does what may wait, and starts all others of a machine.
     Jobs,
     /// Writes reports of panics.
     Crash,
+    /// Writes the log.
+    Log,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Vcpu,
         Self::Block,
         Self::Net,
@@ -95,6 +97,7 @@ impl ThreadKind {
         Self::Images,
         Self::Jobs,
         Self::Crash,
+        Self::Log,
     ];
 
     /// Its name, which is that of its policy in `resources/seccomp`.
@@ -113,6 +116,7 @@ impl ThreadKind {
             Self::Images => "images",
             Self::Jobs => "jobs",
             Self::Crash => "crash",
+            Self::Log => "log",
         }
     }
 }

@@ -48,7 +48,7 @@ pub use linux::{
 };
 pub use node::{Node, nodes};
 pub use pairwise::pairwise;
-pub use process::{Census, Mappings, assert_nothing_more};
+pub use process::{Census, Mappings, assert_nothing_more, filtered_threads};
 pub use programs::{good, output, rackctl};
 pub use san::{San, san_is_missing};
 pub use sdn::{Bridge, Ovn, Port, PortOptions, Station, sdn_is_missing};

@@ -54,6 +54,18 @@ impl Census {
     }
 }
 
+/// The threads of process `pid`, by name, each with whether it is under a filter of system calls.
+pub fn filtered_threads(pid: u32) -> Vec<(String, bool)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    // A thread may end while we look.
+    let statuses = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
+    let value = |status: &str, name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"));
+        value.unwrap_or_default().to_owned()
+    };
+    statuses.map(|status| (value(&status, "Name"), value(&status, "Seccomp") == "2")).collect()
+}
+
 /// Waits until process `pid` holds nothing more than `before`.
 ///
 /// # Panics

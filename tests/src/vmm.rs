@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Census, Guest, Jail, PATIENCE, eventually, guest_folder};
+use crate::{Census, Guest, Jail, PATIENCE, eventually, filtered_threads, guest_folder};
 
 /// The `rackvisor` under test: RACKVISOR_BIN, or the one that was built with this test.
 pub fn rackvisor_binary() -> PathBuf {
@@ -156,9 +156,20 @@ impl Rackvisor {
     }
 
     /// Defines and boots; describes the running VM.
+    ///
+    /// # Panics
+    /// If it is not run, or a thread is not under a filter of system calls.
     pub fn boot(&self, config: &VmConfig) -> VmInfo {
         self.client.define(config).unwrap();
-        self.client.act(Action::Boot).unwrap()
+        let info = self.client.act(Action::Boot).unwrap();
+        if std::env::var("RACKVISOR_SECCOMP").is_ok_and(|mode| mode == "off") {
+            return info;
+        }
+        // A thread is there a moment before it is under its filter.
+        eventually("all threads are under filters", || {
+            filtered_threads(self.pid()).iter().all(|(_, filtered)| *filtered).then_some(())
+        });
+        info
     }
 
     /// Defines and boots with the console on a socket; gives the console.

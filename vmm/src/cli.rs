@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rackvisor::seccomp::Mode;
+use rackvisor_devices::ThreadSpawner;
 use tracing_subscriber::EnvFilter;
 
 use crate::log::{Destination, Log};
@@ -25,7 +26,7 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "FORMAT", default_value = "human")]
     pub log_format: LogFormat,
     /// What happens to a thread that makes a system call which it is not meant to make.
-    #[arg(long, global = true, value_name = "MODE", env = "RACKVISOR_SECCOMP", default_value = "log")]
+    #[arg(long, global = true, value_name = "MODE", env = "RACKVISOR_SECCOMP", default_value = "on")]
     pub seccomp: Seccomp,
     /// Where to log: stderr, file:PATH (opened anew after SIGHUP), journald or syslog.
     #[arg(long, global = true, value_name = "WHERE", default_value = "stderr")]
@@ -155,16 +156,16 @@ fn owner(text: &str) -> Result<Owner, String> {
 }
 
 impl Cli {
-    /// Starts logging as the command line says.
+    /// Starts logging as the command line says, in a thread of `spawner`'s.
     ///
     /// # Errors
     /// The log cannot be opened.
-    pub fn start_log(&self) -> std::io::Result<Log> {
+    pub fn start_log(&self, spawner: &dyn ThreadSpawner) -> std::io::Result<Log> {
         let filter = EnvFilter::try_new(&self.log).unwrap_or_else(|error| {
             eprintln!("rackvisor: --log {}: {error}; logging `info`", self.log);
             EnvFilter::new("info")
         });
-        Log::start(&self.log_to, self.log_format, filter)
+        Log::start(&self.log_to, self.log_format, filter, spawner)
     }
 }
 

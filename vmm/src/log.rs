@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::Duration;
 
+use rackvisor_devices::{ThreadKind, ThreadSpawner};
 use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -202,12 +203,17 @@ pub struct Log {
 }
 
 impl Log {
-    /// Starts the thread `log` and has everything logged through it from now on.
+    /// Has `spawner` start the thread `log`, and everything logged through it from now on.
     ///
     /// # Errors
     /// The destination cannot be opened, or there is no thread left.
-    pub fn start(destination: &Destination, format: LogFormat, filter: EnvFilter) -> io::Result<Self> {
-        let (queue, log) = spawn(Sink::open(destination)?)?;
+    pub fn start(
+        destination: &Destination,
+        format: LogFormat,
+        filter: EnvFilter,
+        spawner: &dyn ThreadSpawner,
+    ) -> io::Result<Self> {
+        let (queue, log) = spawn(Sink::open(destination)?, spawner)?;
         let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(queue).with_target(false);
         let lines = lines.with_ansi(false);
         let stamped = matches!(destination, Destination::Stderr | Destination::File(_));
@@ -235,12 +241,12 @@ impl Drop for Log {
     }
 }
 
-fn spawn(sink: Sink) -> io::Result<(Queue, Log)> {
+fn spawn(sink: Sink, spawner: &dyn ThreadSpawner) -> io::Result<(Queue, Log)> {
     let (sender, messages) = mpsc::sync_channel(QUEUE);
     let queue = Queue { sender: sender.clone(), lost: Arc::default() };
     let log = Log { sender, reopen: Arc::default() };
     let (lost, reopen) = (Arc::clone(&queue.lost), Arc::clone(&log.reopen));
-    std::thread::Builder::new().name("log".into()).spawn(move || write_lines(sink, &messages, &lost, &reopen))?;
+    spawner.spawn(ThreadKind::Log, "log", Box::new(move || write_lines(sink, &messages, &lost, &reopen)))?;
     Ok((queue, log))
 }
 
@@ -272,6 +278,8 @@ fn write_lines(mut sink: Sink, messages: &Receiver<Message>, lost: &AtomicU64, r
 mod tests {
     use std::fs;
 
+    use rackvisor_devices::PlainThreads;
+
     use super::*;
 
     fn line(queue: &Queue, text: &str) {
@@ -291,7 +299,7 @@ mod tests {
     fn a_file_that_was_moved_away_is_made_anew_when_told_and_no_line_is_lost_or_can_be_forged() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        let (queue, log) = spawn(Sink::open(&Destination::File(path.clone())).unwrap()).unwrap();
+        let (queue, log) = spawn(Sink::open(&Destination::File(path.clone())).unwrap(), &PlainThreads).unwrap();
         line(&queue, "one\n");
         drop(Log { sender: log.sender.clone(), reopen: Arc::default() });
         fs::rename(&path, folder.path().join("old")).unwrap();
@@ -318,7 +326,7 @@ mod tests {
         ] {
             assert!(Sink::daemon(&path, entry).is_err(), "there is no daemon");
             let daemon = UnixDatagram::bind(&path).unwrap();
-            let (queue, log) = spawn(Sink::daemon(&path, entry).unwrap()).unwrap();
+            let (queue, log) = spawn(Sink::daemon(&path, entry).unwrap(), &PlainThreads).unwrap();
             line(&queue, "a\n");
             let length = daemon.recv(&mut received).unwrap();
             assert_eq!(String::from_utf8_lossy(&received[..length]), wanted);

@@ -8,15 +8,17 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use rackvisor::assembly::InheritedTaps;
+use rackvisor::seccomp::Filters;
 
 use crate::cli::{Cli, Command};
+use crate::log::Log;
 
 fn main() -> ExitCode {
     // Before anything is opened that could be taken for inherited.
     let inherited_taps = InheritedTaps::find();
     let cli = Cli::parse();
-    let log = match cli.start_log() {
-        Ok(log) => log,
+    let (filters, log) = match prepare(&cli) {
+        Ok(prepared) => prepared,
         Err(error) => {
             eprintln!("rackvisor: {error}");
             return ExitCode::FAILURE;
@@ -28,8 +30,8 @@ fn main() -> ExitCode {
             print!("{report}");
             return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
         }
-        Some(Command::Run { file }) => serve::run(&file, cli.seccomp.into(), inherited_taps),
-        None => serve::serve(&cli.serve, cli.seccomp.into(), inherited_taps, log.reopen()),
+        Some(Command::Run { file }) => serve::run(&file, &filters, inherited_taps),
+        None => serve::serve(&cli.serve, &filters, inherited_taps, log.reopen()),
     };
     // What was logged comes before the last word.
     drop(log);
@@ -40,4 +42,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The filters, and the log, whose thread is the first to have one.
+fn prepare(cli: &Cli) -> std::io::Result<(Filters, Log)> {
+    let filters = Filters::new(cli.seccomp.into())?;
+    let log = cli.start_log(&filters)?;
+    Ok((filters, log))
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use rackvisor::VmConfig;
 use rackvisor::assembly::{HostOptions, InheritedTaps, StdioHooks};
 use rackvisor::control::{ControlLoop, LastWord, Lifetime, Mailbox, Message};
-use rackvisor::seccomp::{Filters, Mode, Policy};
+use rackvisor::seccomp::{Filters, Policy};
 use rackvisor::telemetry::crash::report_panics;
 use rackvisor_api::config::{SerialConfig, SerialMode};
 use rackvisor_api::server::{Allowed, Limits, Server, SocketOptions};
@@ -28,13 +28,17 @@ pub const EXIT_UNFIT: u8 = 4;
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
 /// Serves the API until a signal ends the process. SIGHUP sets `reopen_log`.
-pub fn serve(options: &Serve, seccomp: Mode, inherited_taps: InheritedTaps, reopen_log: Arc<AtomicBool>) -> Outcome {
+pub fn serve(
+    options: &Serve,
+    filters: &Filters,
+    inherited_taps: InheritedTaps,
+    reopen_log: Arc<AtomicBool>,
+) -> Outcome {
     let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
     let host = HostOptions { inherited_taps, ..HostOptions::default() };
-    let filters = Filters::new(seccomp)?;
     let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::Served, host)?;
     if let Some(file) = &options.crash_report {
-        report_panics(file, control.handle().telemetry, &filters)?;
+        report_panics(file, control.handle().telemetry, filters)?;
     }
     let server = listen(options)?;
     control.end_on(signals(&[SIGTERM, SIGINT])?);
@@ -73,7 +77,7 @@ fn listen(options: &Serve) -> Result<Server, Box<dyn std::error::Error>> {
 }
 
 /// Boots the VM of `file` with its console on this terminal, and ends with it.
-pub fn run(file: &Path, seccomp: Mode, inherited_taps: InheritedTaps) -> Outcome {
+pub fn run(file: &Path, filters: &Filters, inherited_taps: InheritedTaps) -> Outcome {
     let mut config = VmConfig::from_file(file)?;
     config.serial = SerialConfig { mode: SerialMode::Stdio, path: None };
     // The loop makes the mailbox that the hook, which the loop is made with, writes to.
@@ -86,7 +90,6 @@ pub fn run(file: &Path, seccomp: Mode, inherited_taps: InheritedTaps) -> Outcome
     };
     let stdio = StdioHooks { escape: Some(Arc::new(leave)) };
     let options = HostOptions { stdio, inherited_taps, ..HostOptions::default() };
-    let filters = Filters::new(seccomp)?;
     let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::WithGuest, options)?;
     let _ = mailbox.set(control.handle().mailbox);
     control.end_on(signals(&[SIGTERM, SIGINT, SIGHUP])?);

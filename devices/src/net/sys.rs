@@ -2,11 +2,12 @@
 #![allow(unsafe_code)] // ioctl, readv and writev have no safe wrappers for taps and guest memory.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-use crate::syscall::{check, value};
+use crate::syscall::check;
 use crate::virtio::ring::RingError;
 
 /// Most segments of one `readv` or `writev` (UIO_MAXIOV).
@@ -147,16 +148,13 @@ fn read_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<Address> {
     Ok([a, b, c, d, e, f, g, h])
 }
 
-/// A socket to ask about interfaces of this network namespace. It is made where a tap is opened: the threads that serve one
-/// may make none.
-pub(super) struct Asker(OwnedFd);
+/// A socket to ask about interfaces of this network namespace, of the kind that reaches no network. It is made where a tap is
+/// opened: the threads that serve one may make none.
+pub(super) struct Asker(UnixDatagram);
 
 impl Asker {
     pub(super) fn new() -> io::Result<Self> {
-        // SAFETY: no pointers are passed; the result is checked before it is owned.
-        let socket = value(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
-        // SAFETY: the descriptor was just made and belongs to nobody else.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(socket) }))
+        UnixDatagram::unbound().map(Self)
     }
 
     /// Whether an interface with this name exists.

@@ -41,6 +41,9 @@ pub enum SeccompError {
     /// A policy is wrong.
     #[error("the policies in resources/seccomp are wrong: {0}")]
     Policy(String),
+    /// Memory could not be prepared.
+    #[error("cannot start a thread, to prepare the heaps of threads: {0}")]
+    Heap(io::Error),
     /// The report of violations could not be prepared.
     #[error("cannot handle SIGSYS: {0}")]
     Handler(io::Error),
@@ -81,7 +84,7 @@ impl Filters {
             Mode::Off => return Ok(Self { programs: None }),
         };
         let programs = Arc::new(policy::compile(&mismatch, TargetArch::x86_64)?);
-        heaps::limit();
+        heaps::settle().map_err(SeccompError::Heap)?;
         if mode == Mode::On {
             report::handle_violations().map_err(SeccompError::Handler)?;
         }

@@ -37,7 +37,9 @@ impl Policy {
 
     /// The files that it is made of. What a guest's exits need comes first: rules of one call are looked at in order.
     fn files(self) -> impl Iterator<Item = &'static str> {
-        let others = ThreadKind::ALL.into_iter().filter(move |_| self == Self::Of(ThreadKind::Jobs));
+        // Those who write down what happened are started before the others, by nobody with a filter.
+        let started = |kind: &ThreadKind| !matches!(kind, ThreadKind::Crash | ThreadKind::Log);
+        let others = ThreadKind::ALL.into_iter().filter(started).filter(move |_| self == Self::Of(ThreadKind::Jobs));
         others.map(ThreadKind::name).chain([self.name(), "common"])
     }
 
@@ -48,15 +50,21 @@ impl Policy {
     pub(super) fn rules(self) -> Result<Vec<Value>, SeccompError> {
         let mut rules = Vec::new();
         for name in self.files() {
-            let wrong = |error| SeccompError::Policy(format!("{name}.json: {error}"));
-            let more: Vec<Value> = serde_json::from_str(source(name)).map_err(wrong)?;
-            rules.extend(more);
+            rules.extend(of_file(name)?);
         }
         // A rule without conditions is no rule to seccompiler where there is another with some.
         let free: HashSet<String> = rules.iter().filter(|rule| rule.get("args").is_none()).map(call).collect();
         rules.retain(|rule| rule.get("args").is_none() || !free.contains(&call(rule)));
         Ok(rules)
     }
+}
+
+/// The rules of the file `name`.
+///
+/// # Errors
+/// [`SeccompError::Policy`] for a file that is no list of rules.
+pub(super) fn of_file(name: &str) -> Result<Vec<Value>, SeccompError> {
+    serde_json::from_str(source(name)).map_err(|error| SeccompError::Policy(format!("{name}.json: {error}")))
 }
 
 /// The name of the system call that a rule is about.
@@ -88,7 +96,8 @@ fn source(name: &str) -> &'static str {
         "rtc",
         "flash",
         "images",
-        "crash"
+        "crash",
+        "log"
     )
 }
 

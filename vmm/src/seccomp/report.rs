@@ -98,7 +98,7 @@ fn describe(by_filter: bool, call: libc::c_long, [a, b, c]: [i64; 3]) -> Text<51
     line
 }
 
-fn call_name(call: libc::c_long) -> &'static str {
+pub(super) fn call_name(call: libc::c_long) -> &'static str {
     let named = NAMES.lines().filter_map(|line| line.split_once(' '));
     named.filter(|(number, _)| number.parse() == Ok(call)).map(|(_, name)| name).next().unwrap_or("unknown")
 }

@@ -1,3 +1,6 @@
+mod needed;
+mod sockets;
+
 use std::collections::HashMap;
 use std::net::TcpListener;
 use std::process::{Command, Output};
@@ -99,6 +102,15 @@ fn many_filtered_threads_have_heaps_of_their_own() {
 }
 
 #[test]
+fn the_heap_of_a_filtered_thread_shrinks() {
+    for policy in Policy::all() {
+        let Output { status, stdout, stderr } = child(Mode::On, policy, "shrinks");
+        assert!(status.success(), "{}: {status}: {}", policy.name(), String::from_utf8_lossy(&stderr));
+        assert!(String::from_utf8_lossy(&stdout).contains("joined"), "{}", policy.name());
+    }
+}
+
+#[test]
 fn in_the_mode_log_the_call_is_made_and_with_no_filters_too() {
     for mode in [Mode::Log, Mode::Off] {
         let Output { status, stdout, stderr } = child(mode, Policy::Of(ThreadKind::Vcpu), "connects");
@@ -125,6 +137,7 @@ fn child_process() {
     let body: Box<dyn FnOnce() + Send> = match task {
         "works" => Box::new(works),
         "connects" => Box::new(connects),
+        "shrinks" => Box::new(heaps::grow_and_shrink),
         _ => Box::new({
             let filters = filters.clone();
             move || starts_many(&filters)
