@@ -3,6 +3,7 @@
 mod cli;
 mod log;
 mod serve;
+mod swtpm;
 
 use std::process::ExitCode;
 
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
             print!("{report}");
             return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
         }
-        Some(Command::Run { file }) => serve::run(&file, cli.seccomp.into(), inherited_taps),
+        Some(Command::Run { file, tpm }) => serve::run(&file, tpm.as_deref(), cli.seccomp.into(), inherited_taps),
         None => serve::serve(&cli.serve, cli.seccomp.into(), inherited_taps, log.reopen()),
     };
     // What was logged comes before the last word.
