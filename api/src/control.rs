@@ -138,6 +138,9 @@ pub struct VmInfo {
     /// Seconds that the guest's real-time clock is beyond UTC, with what the guest itself set, since it was booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clock_offset: Option<i64>,
+    /// Bytes that the balloon has taken from the guest, as its driver says, while the guest exists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<u64>,
     /// vCPUs that exist now.
     pub vcpus: u8,
     /// The pseudo-terminal of the serial console, if it has one.

@@ -48,7 +48,7 @@ fn a_vm_lives_its_life_through_the_client() {
 fn the_generation_id_changes_at_any_time_and_comes_and_goes_while_there_is_no_guest() {
     let stage = stage();
     let client = &stage.client;
-    let set = |id: &str| VmPatch { generation_id: Patch::Set(id.parse().unwrap()) };
+    let set = |id: &str| VmPatch { generation_id: Patch::Set(id.parse().unwrap()), ..VmPatch::default() };
     let (first, second) = ("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb88");
     assert_eq!(client.patch(&set(first)).unwrap_err().code(), Some(Code::VmUndefined));
     client.define(&small_config()).unwrap();
@@ -60,7 +60,7 @@ fn the_generation_id_changes_at_any_time_and_comes_and_goes_while_there_is_no_gu
     client.act(Action::Boot).unwrap();
     assert_eq!(client.patch(&VmPatch::default()).unwrap().config.generation_id, first.parse().ok());
     assert_eq!(client.patch(&set(second)).unwrap().config.generation_id, second.parse().ok());
-    let clear = VmPatch { generation_id: Patch::Clear };
+    let clear = VmPatch { generation_id: Patch::Clear, ..VmPatch::default() };
     assert_eq!(client.patch(&clear).unwrap_err().code(), Some(Code::HotplugUnsupported));
     client.act(Action::Shutdown).unwrap();
     assert_eq!(client.patch(&clear).unwrap().config.generation_id, None);
@@ -176,7 +176,7 @@ fn a_body_that_is_wrong_is_refused_with_the_place_of_the_mistake() {
         ("\"threads\":2", "\"threads\":1", Code::InvalidValue, "/cpus/topology"),
         ("\"2GiB\"", "\"2GB\"", Code::InvalidContent, "/memory/size"),
         ("\"2GiB\"", "\"129MiB\"", Code::InvalidValue, "/memory/size"),
-        ("\"2M\"", "\"4M\"", Code::InvalidContent, "/memory/hugepages"),
+        ("\"off\"", "\"4M\"", Code::InvalidContent, "/memory/hugepages"),
         ("\"queue_size\":128", "\"queue_size\":100", Code::InvalidValue, "/disks/0/queue_size"),
         ("\"id\":\"data\"", "\"id\":\"root\"", Code::Duplicate, "/disks/1/id"),
         ("\"id\":\"data\"", "\"id\":\"rng\"", Code::Duplicate, "/disks/1/id"),

@@ -19,6 +19,7 @@ pub mod limiter;
 pub mod metrics;
 pub mod net;
 mod pace;
+pub mod pages;
 pub mod pci;
 mod scheduling;
 pub mod smbios;
@@ -62,6 +63,8 @@ pub enum ThreadKind {
     Net,
     /// Serves the queue of the entropy device.
     Rng,
+    /// Serves the queues of the memory balloon.
+    Balloon,
     /// Looks after the reservation of a disk.
     Reservation,
     /// Speaks with those who read and type on the console.
@@ -89,6 +92,7 @@ impl ThreadKind {
         Self::Block,
         Self::Net,
         Self::Rng,
+        Self::Balloon,
         Self::Reservation,
         Self::Console,
         Self::Tpm,
@@ -108,6 +112,7 @@ impl ThreadKind {
             Self::Block => "block",
             Self::Net => "net",
             Self::Rng => "rng",
+            Self::Balloon => "balloon",
             Self::Reservation => "reservation",
             Self::Console => "console",
             Self::Tpm => "tpm",

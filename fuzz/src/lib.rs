@@ -24,11 +24,12 @@ mod tpm;
 pub type Target = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("platform", platform::play),
     ("block", ring::block::play),
     ("net", ring::net::play),
     ("rng", ring::rng::play),
+    ("balloon", ring::balloon::play),
     ("tpm", tpm::play),
     ("http", http::play),
     ("config", config::play),

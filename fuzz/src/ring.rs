@@ -1,5 +1,6 @@
 //! A driver that writes what it likes into its rings, its memory and the device's configuration.
 
+pub mod balloon;
 pub mod block;
 pub mod net;
 pub mod rng;

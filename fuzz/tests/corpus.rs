@@ -50,6 +50,7 @@ replays! {
     a_disk_survives_the_corpus: "block",
     a_network_card_survives_the_corpus: "net",
     a_random_number_device_survives_the_corpus: "rng",
+    a_memory_balloon_survives_the_corpus: "balloon",
     a_tpm_survives_the_corpus: "tpm",
     the_api_survives_the_corpus: "http",
     configurations_survive_the_corpus: "config",

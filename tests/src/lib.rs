@@ -60,7 +60,7 @@ pub use terminal::Terminal;
 pub use tiny::Tiny;
 pub use uefi::{
     Keys, Loader, assert_secure_boot, boot_entries, boot_past_unsigned_loader, booted_disk, global_variable,
-    make_boot_entry, mount_variables, uefi, uefi_disk, uefi_disk_with, uefi_with_smm,
+    make_boot_entry, mark_disk, mount_variables, uefi, uefi_disk, uefi_disk_with, uefi_with_smm,
 };
 pub use vmm::{Rackvisor, rackctl_binary, rackvisor_binary};
 

@@ -1,5 +1,7 @@
 //! Guests that start by UEFI firmware: Debian's OVMF and the disks of `resources/guest/build --uefi`.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -8,8 +10,8 @@ use rackvisor_api::size::ByteSize;
 
 use crate::{Guest, Rackvisor, linux};
 
-/// What stands on the kernel's command line for the disk that was started.
-const MARK: &[u8] = b"rv.disk=1";
+/// What stands on the kernel's command line before the mark of the disk that was started.
+const MARK: &[u8] = b"rv.disk=";
 /// Global variables (UEFI 2.10 §3.3).
 const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
 
@@ -73,9 +75,10 @@ pub fn boot_past_unsigned_loader(vmm: &Rackvisor, config: &mut VmConfig) -> Gues
     guest
 }
 
-/// Asserts that firmware and kernel say that Secure Boot is on. Variables must be mounted.
+/// Asserts that firmware, mokutil and kernel say that Secure Boot is on. Variables must be mounted.
 pub fn assert_secure_boot(guest: &mut Guest) {
     assert_eq!(global_variable(guest, "SecureBoot"), "0600000001");
+    assert_eq!(guest.ok("mokutil --sb-state"), "SecureBoot enabled");
     let told = guest.ok("dmesg | grep -i 'secure boot'");
     assert!(told.contains("Secure boot enabled"), "{told}");
 }
@@ -96,10 +99,19 @@ pub fn make_boot_entry(guest: &mut Guest, label: &str) {
 /// A disk that starts the Linux with the agent. [`booted_disk`] tells `mark`.
 pub fn uefi_disk(vmm: &Rackvisor, id: &str, loader: Loader, mark: u8) -> DiskConfig {
     let name = if loader == Loader::Signed { "disk.img" } else { "disk-unsigned.img" };
-    let mut content = std::fs::read(file(name)).unwrap();
-    let at = content.windows(MARK.len()).position(|window| window == MARK).unwrap();
-    content[at + MARK.len() - 1] = b'0' + mark;
-    vmm.image(id, &content)
+    let content = std::fs::read(file(name)).unwrap();
+    let disk = vmm.image(id, &content);
+    mark_disk(&disk, mark);
+    disk
+}
+
+/// Gives a disk another mark: GRUB starts the same kernel with another command line.
+pub fn mark_disk(disk: &DiskConfig, mark: u8) {
+    let content = std::fs::read(&disk.path).unwrap();
+    let marked = |window: &[u8]| window.starts_with(MARK) && window.last().is_some_and(u8::is_ascii_digit);
+    let at = content.windows(MARK.len() + 1).position(marked).unwrap();
+    let file = OpenOptions::new().write(true).open(&disk.path).unwrap();
+    file.write_all_at(&[b'0' + mark], (at + MARK.len()) as u64).unwrap();
 }
 
 /// As [`uefi_disk`] with another kernel and initrd, which the firmware measures.

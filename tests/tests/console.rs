@@ -9,9 +9,12 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use rackvisor_api::VmConfig;
-use rackvisor_api::config::{SerialConfig, SerialMode};
+use rackvisor_api::config::{SerialConfig, SerialMode, TpmConfig};
 use rackvisor_api::state::{Action, VmState};
-use rackvisor_tests::{Guest, Rackvisor, Terminal, Tiny, eventually, linux, needs_kvm, rackvisor_binary};
+use rackvisor_tests::{
+    Guest, Rackvisor, Terminal, Tiny, eventually, linux, linux_with_tpm, needs_kvm, rackvisor_binary, skip,
+    swtpm_is_missing,
+};
 
 /// Boots with a console of this mode.
 fn boot(vmm: &Rackvisor, program: &Tiny, mode: SerialMode, path: Option<&str>) {
@@ -123,11 +126,17 @@ impl Drop for Run {
 
 /// `rackvisor run` on this terminal.
 fn run(terminal: &Terminal, config: &VmConfig, folder: &Path) -> Run {
+    run_with(terminal, config, folder, &[])
+}
+
+/// The same with more options.
+fn run_with(terminal: &Terminal, config: &VmConfig, folder: &Path, options: &[&str]) -> Run {
     let file = folder.join("vm.json");
     fs::write(&file, serde_json::to_vec(config).unwrap()).unwrap();
     let process = Command::new(rackvisor_binary())
         .args(["--log", "warn", "run"])
         .arg(file)
+        .args(options)
         .current_dir(folder)
         .stdin(terminal.stdio())
         .stdout(terminal.stdio())
@@ -156,6 +165,45 @@ fn run_gives_a_login_on_the_terminal_and_control_a_x_leaves_it_as_it_was() {
     terminal.type_keys(b"\x01x");
     assert_eq!(process.code(), Some(0));
     assert_eq!(format!("{:?}", terminal.settings()), before);
+}
+
+#[test]
+fn run_starts_a_tpm_which_keeps_its_state_and_ends_with_the_vm() {
+    needs_kvm!();
+    if let Some(why) = swtpm_is_missing() {
+        return skip(why);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = linux_with_tpm();
+    let cmdline = &mut config.boot.as_mut().unwrap().cmdline;
+    *cmdline = cmdline.replace("rv.mode=agent", "rv.mode=login");
+    let socket = folder.path().join("tpm/swtpm.sock");
+    for (keys, answer) in [
+        (
+            "tpm2 nvdefine -Q 0x1500016 -C o -s 8; printf 12345678 | tpm2 nvwrite 0x1500016 -C o -i - && echo is kept",
+            "is kept",
+        ),
+        ("tpm2 nvread 0x1500016 -C o -s 8", "12345678"),
+    ] {
+        let mut terminal = Terminal::new();
+        let process = run_with(&terminal, &config, folder.path(), &["--tpm", "tpm"]);
+        terminal.wait_for("rackvisor-guest login: ");
+        terminal.type_keys(b"root\r");
+        terminal.wait_for(":/root# ");
+        terminal.type_keys(keys.as_bytes());
+        terminal.type_keys(b"\r");
+        // After its echo.
+        terminal.wait_for("\n");
+        terminal.wait_for(answer);
+        assert!(UnixStream::connect(&socket).is_ok());
+        terminal.type_keys(b"\x01x");
+        assert_eq!(process.code(), Some(0));
+        eventually("swtpm ends", || UnixStream::connect(&socket).is_err().then_some(()));
+    }
+    config.tpm = Some(TpmConfig { socket: "other.sock".into() });
+    let mut terminal = Terminal::new();
+    assert_eq!(run_with(&terminal, &config, folder.path(), &["--tpm", "tpm"]).code(), Some(1));
+    terminal.wait_for("leave one of the two out");
 }
 
 #[test]

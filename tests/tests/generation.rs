@@ -14,7 +14,7 @@ const WORDS: &str = "for at in 0xff028 0xff02c 0xff030 0xff034; do devmem $at; d
 const EVENTS: &str = "awk '{ print $1 }' /sys/firmware/acpi/interrupts/gpe05";
 
 fn patch(id: Option<&str>) -> VmPatch {
-    VmPatch { generation_id: id.map_or(Patch::Clear, |id| Patch::Set(id.parse().unwrap())) }
+    VmPatch { generation_id: id.map_or(Patch::Clear, |id| Patch::Set(id.parse().unwrap())), ..VmPatch::default() }
 }
 
 #[test]

@@ -4,7 +4,8 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use rackvisor_api::config::{HypervConfig, VmConfig, WatchdogAction, WatchdogConfig};
+use rackvisor_api::config::{BalloonConfig, HypervConfig, VmConfig, WatchdogAction, WatchdogConfig};
+use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::{Action, VmState};
 use rackvisor_tests::{Rackvisor, Tap, Tiny, assert_nothing_more, needs_kvm, tell};
 
@@ -30,6 +31,8 @@ fn everything(seed: u64, vmm: &Rackvisor, tap: &Tap) -> VmConfig {
     config.cpus.hyperv = HypervConfig::Switch(true);
     config.watchdog = Some(WatchdogConfig { action: WatchdogAction::Nmi });
     config.pvpanic = true;
+    config.balloon =
+        Some(BalloonConfig { size: ByteSize::mib(16), free_page_reporting: true, ..BalloonConfig::default() });
     config.generation_id = Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".parse().unwrap());
     config
 }

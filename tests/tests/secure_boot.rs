@@ -11,6 +11,8 @@ use rackvisor_tests::{
     make_boot_entry, mount_variables, needs_kvm, tell, uefi_disk, uefi_with_smm,
 };
 
+/// How often it is killed.
+const KILLS: &str = "RACKVISOR_KILLS";
 /// How long the guest changes variables at most before it is killed.
 const LONGEST: usize = 3000;
 
@@ -48,19 +50,28 @@ fn with_smm_unsigned_programs_are_refused_and_variables_survive_power_cycles_and
     let order = |head: [&String; 2]| [&head.map(String::clone)[..], &others].concat();
     let orders = [order([&first, &second]), order([&second, &first])];
     let [one, other] = orders.clone().map(|order| order.join(","));
-    guest.send(&format!("while efibootmgr -q -o {one} && efibootmgr -q -o {other}; do :; done"));
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
-    let wait = Random(seed).below(LONGEST);
-    tell(&format!("killed after {wait} ms"));
-    std::thread::sleep(Duration::from_millis(wait as u64));
-    let _folder = vmm.kill();
-
-    let vmm = Rackvisor::start();
-    let mut guest = boot_again(&vmm, &config);
-    assert_secure_boot(&mut guest);
-    assert_eq!(both(&mut guest), [&*first, &*second]);
-    let found = boot_order(&mut guest);
-    assert!(orders.contains(&found), "{found:?} is none of {orders:?}");
+    let kills = std::env::var(KILLS).map_or(2, |kills| kills.parse().unwrap());
+    tell(&format!("seed {seed}, {kills} kills ({KILLS} says how many)"));
+    let mut random = Random(seed | 1);
+    let (mut vmm, mut folders) = (vmm, Vec::new());
+    for kill in 0..kills {
+        // A variable of a kind that Linux lets root rewrite, of many sizes: the firmware now and then makes room by erasing.
+        let fill = "printf '\\7\\0\\0\\0%0'$((n % 9 * 200 + 9))'d' $n >filler-cfc8fc79-be2e-4ddc-97f0-9f98bfe298a0";
+        let change = format!("efibootmgr -q -o {one} && {fill} && efibootmgr -q -o {other} && {fill}");
+        guest.send(&format!("cd /sys/firmware/efi/efivars; n=0; while {change}; do n=$((n + 1)); done"));
+        let wait = random.below(LONGEST);
+        std::thread::sleep(Duration::from_millis(wait as u64));
+        // The files of the VM are there.
+        folders.push(vmm.kill());
+        vmm = Rackvisor::start();
+        guest = boot_again(&vmm, &config);
+        assert_secure_boot(&mut guest);
+        assert_eq!(both(&mut guest), [&*first, &*second]);
+        let found = boot_order(&mut guest);
+        assert!(orders.contains(&found), "{found:?} is none of {orders:?}");
+        tell(&format!("kill {kill}, after {wait} ms: {found:?}"));
+    }
 }
 
 /// The byte at a guest-physical address, as the guest's root reads it, or writes it first.

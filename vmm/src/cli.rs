@@ -87,6 +87,10 @@ pub enum Command {
     Run {
         /// Configuration, JSON or TOML.
         file: PathBuf,
+        /// Give the VM a TPM 2.0 with its state in FOLDER, a new one if there is no such folder: starts a swtpm, which ends
+        /// with the VM and logs to swtpm.log there.
+        #[arg(long, value_name = "FOLDER")]
+        tpm: Option<PathBuf>,
     },
     /// Examine whether this host's KVM can run stock kernels, and say what to do if not.
     Doctor,
@@ -197,6 +201,7 @@ mod tests {
         assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s", "--api-fd", "3"]).is_err());
         assert!(Cli::try_parse_from(["rackvisor", "--api-socket", "s", "--boot"]).is_err());
         assert!(Cli::try_parse_from(["rackvisor", "run", "vm.toml"]).is_ok());
+        assert!(Cli::try_parse_from(["rackvisor", "run", "vm.toml", "--tpm", "state"]).is_ok());
         assert!(Cli::try_parse_from(["rackvisor", "doctor"]).is_ok());
     }
 

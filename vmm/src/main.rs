@@ -3,6 +3,7 @@
 mod cli;
 mod log;
 mod serve;
+mod swtpm;
 
 use std::process::ExitCode;
 
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
             print!("{report}");
             return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
         }
-        Some(Command::Run { file }) => serve::run(&file, &filters, inherited_taps),
+        Some(Command::Run { file, tpm }) => serve::run(&file, tpm.as_deref(), &filters, inherited_taps),
         None => serve::serve(&cli.serve, &filters, inherited_taps, log.reopen()),
     };
     // What was logged comes before the last word.

@@ -19,6 +19,7 @@ use rackvisor_devices::console::RawTerminal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::cli::Serve;
+use crate::swtpm::{Swtpm, SwtpmError};
 
 /// The guest crashed.
 const EXIT_CRASHED: u8 = 3;
@@ -76,9 +77,14 @@ fn listen(options: &Serve) -> Result<Server, Box<dyn std::error::Error>> {
     Ok(if allowed == Allowed::default() { server } else { server.allow(allowed) })
 }
 
-/// Boots the VM of `file` with its console on this terminal, and ends with it.
-pub fn run(file: &Path, filters: &Filters, inherited_taps: InheritedTaps) -> Outcome {
+/// Boots the VM of `file` with its console on this terminal, and ends with it. `tpm` is where the state of a TPM is that it gets besides.
+pub fn run(file: &Path, tpm: Option<&Path>, filters: &Filters, inherited_taps: InheritedTaps) -> Outcome {
     let mut config = VmConfig::from_file(file)?;
+    if tpm.is_some() && config.tpm.is_some() {
+        return Err(SwtpmError::Twice.into());
+    }
+    let swtpm = tpm.map(Swtpm::start).transpose()?;
+    config.tpm = swtpm.as_ref().map(Swtpm::config).or(config.tpm);
     config.serial = SerialConfig { mode: SerialMode::Stdio, path: None };
     // The loop makes the mailbox that the hook, which the loop is made with, writes to.
     let mailbox = Arc::new(OnceLock::<Mailbox>::new());

@@ -7,14 +7,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use rackvisor::{Action, Vm};
+use rackvisor_api::config::BalloonConfig;
 use serde_json::Value;
 use support::{PATIENCE, Place, SPIN, nic, queues};
 
 const DOCUMENT: &str = include_str!("../../resources/metrics.md");
 const DASHBOARD: &str = include_str!("../../resources/grafana/rackvisor.json");
 
-/// Metrics of what a test machine may lack: vhost-net and a TPM.
-const RARE: [&str; 5] = [
+/// Metrics of what a test machine may lack: vhost-net, a TPM, and a guest with a driver.
+const RARE: [&str; 8] = [
+    "rackvisor_balloon_guest_faults",
+    "rackvisor_balloon_guest_memory_bytes",
+    "rackvisor_balloon_guest_swap_bytes",
     "rackvisor_net_vhost_engaged",
     "rackvisor_net_vhost_errors_total",
     "rackvisor_tpm_commands_total",
@@ -63,6 +67,7 @@ fn every_metric_is_documented_and_every_documented_one_is_there() {
     let mut config = place.config(SPIN);
     config.disks = vec![place.disk("root")];
     config.nics.push(nic("net0", 1, 1));
+    config.balloon = Some(BalloonConfig::default());
     let vm = Vm::define_with_fds(config, tap).unwrap();
     vm.boot().unwrap();
     let exported = exported(&vm.control().metrics());

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use rackvisor_api::config::{CacheMode, CpuList, Guid, Link, MacAddr, OnError, ReservationKey};
 use rackvisor_api::size::ByteSize;
@@ -59,10 +59,14 @@ pub enum Command {
     /// Describe the VM: state, configuration, devices
     Show,
     /// Change the VM, also while the guest runs
+    #[command(group(ArgGroup::new("change").required(true).multiple(true)))]
     Patch {
         /// Another generation ID, such as 324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87: the guest is told that it is a copy
-        #[arg(long, value_name = "GUID")]
-        generation_id: Guid,
+        #[arg(long, value_name = "GUID", group = "change")]
+        generation_id: Option<Guid>,
+        /// How much memory the balloon is to take from the guest, such as 512MiB
+        #[arg(long, value_name = "SIZE", group = "change")]
+        balloon: Option<ByteSize>,
     },
     /// Build the machine and start the guest
     Boot,

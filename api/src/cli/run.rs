@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use rackvisor_api::client::Client;
-use rackvisor_api::config::{Patch, VmPatch};
+use rackvisor_api::config::{BalloonPatch, Patch, VmPatch};
 use rackvisor_api::descriptors::OwnDescriptors;
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::server::MAX_BODY;
@@ -40,8 +40,11 @@ pub fn run(cli: &Cli, output: &Output) -> Result<(), Failure> {
             let vm = client.define_with_fds(&read_config(file)?, inherited(tap_fd)?)?;
             output.value(&vm, tables::vm_line)
         }
-        Command::Patch { generation_id } => {
-            let patch = VmPatch { generation_id: Patch::Set(*generation_id) };
+        Command::Patch { generation_id, balloon } => {
+            let patch = VmPatch {
+                generation_id: generation_id.map_or(Patch::Keep, Patch::Set),
+                balloon: balloon.map_or(Patch::Keep, |size| Patch::Set(BalloonPatch::size(size))),
+            };
             output.value(&client.patch(&patch)?, tables::vm_line)
         }
         Command::Show => output.value(&client.describe()?, tables::vm),

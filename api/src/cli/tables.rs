@@ -69,6 +69,7 @@ pub fn vm(vm: &VmInfo) -> String {
     if vm.resets > 0 {
         facts.add("resets", vm.resets.to_string());
     }
+    facts.add_some("balloon", balloon(vm));
     facts.add_some("clock", vm.clock_offset.filter(|o| *o != 0).map(|offset| format!("{offset:+} s beyond UTC")));
     facts.add_some("panic", vm.guest_panic.as_ref().map(panic));
     configuration(&vm.config, &mut facts);
@@ -81,6 +82,15 @@ pub fn vm(vm: &VmInfo) -> String {
 fn panic(panic: &GuestPanic) -> String {
     let dumping = if panic.dumping { "writes a dump" } else { "" };
     [&word(&panic.source), &panic.parameters.join(" "), dumping].map(str::trim).join(" ").trim_end().to_owned()
+}
+
+/// The balloon, and how far the guest has followed.
+fn balloon(vm: &VmInfo) -> Option<String> {
+    let size = vm.config.balloon.as_ref()?.size;
+    Some(match vm.balloon {
+        Some(held) => format!("{size}, holds {}", ByteSize(held)),
+        None => size.to_string(),
+    })
 }
 
 fn configuration(config: &VmConfig, facts: &mut Facts) {

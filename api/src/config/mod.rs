@@ -4,6 +4,7 @@
 //! with a [`Problem`] that points at the field. What needs a look at the host (does the file exist, is the tap free)
 //! is not checked here but when the VM boots, or for descriptors when it is defined.
 
+mod balloon;
 mod boot;
 mod check;
 mod clock;
@@ -35,6 +36,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use balloon::{BALLOON_ID, BalloonConfig, BalloonPatch};
 pub use boot::{BootConfig, FirmwareConfig, MAX_CMDLINE, boot_order};
 pub use clock::ClockConfig;
 pub use cpu_list::CpuList;
@@ -102,6 +104,9 @@ pub struct VmConfig {
     #[serde(default = "yes")]
     #[schema(default = true)]
     pub rng: bool,
+    /// The memory balloon. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// The TPM. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tpm: Option<TpmConfig>,
@@ -164,6 +169,7 @@ impl VmConfig {
             disk_groups: Vec::new(),
             nics: Vec::new(),
             rng: true,
+            balloon: None,
             tpm: None,
             generation_id: None,
             serial: SerialConfig::default(),
@@ -191,6 +197,9 @@ impl VmConfig {
         }
         self.cpus.check(&root.key("cpus"))?;
         self.memory.check(&root.key("memory"))?;
+        if let Some(balloon) = &self.balloon {
+            balloon.check(&self.memory, &root.key("balloon"))?;
+        }
         numa::check(&self.numa, &self.cpus, &self.memory, &root.key("numa"))?;
         match &self.boot {
             Some(boot) => boot.check(&root.key("boot"))?,
@@ -219,8 +228,9 @@ impl VmConfig {
         let nics = || self.nics.iter().enumerate().map(|(i, nic)| (nic, root.key("nics").index(i)));
         let nic_ids = nics().map(|(nic, at)| (nic.id.as_str(), at.key("id")));
         let rng = self.rng.then(|| (RNG_ID, root.key("rng")));
+        let balloon = self.balloon.as_ref().map(|_| (BALLOON_ID, root.key("balloon")));
         let tpm = self.tpm.as_ref().map(|_| (TPM_ID, root.key("tpm")));
-        unique(rng.into_iter().chain(tpm).chain(disks).chain(nic_ids), "device id")?;
+        unique(rng.into_iter().chain(balloon).chain(tpm).chain(disks).chain(nic_ids), "device id")?;
         unique(nics().map(|(nic, at)| (nic.mac, at.key("mac"))), "MAC address")?;
         unique(nics().filter_map(|(nic, at)| Some((nic.tap.as_ref()?, at.key("tap")))), "tap")?;
         let inherited =

@@ -1,6 +1,6 @@
 //! Which PCI slot each device gets.
 
-use super::VmConfig;
+use super::{BALLOON_ID, VmConfig};
 use crate::problem::{Code, Pointer, Problem};
 
 /// The id of the entropy device, which the configuration turns on by `rng`.
@@ -13,7 +13,7 @@ struct Wish<'a> {
     at: Pointer,
 }
 
-/// The slot on bus 0 of every device, in configuration order: disks, NICs, entropy.
+/// The slot on bus 0 of every device, in configuration order: disks, NICs, entropy, balloon.
 ///
 /// Slots that the configuration gives are honoured first; the others follow from 01.0 upwards. 00 (host bridge) and
 /// 1F (chipset) are never given out. Pure: the same configuration always gives the same guest.
@@ -72,5 +72,6 @@ fn wishes(config: &VmConfig) -> Vec<Wish<'_>> {
         at: root.key("nics").index(i).key("slot"),
     });
     let rng = config.rng.then(|| Wish { id: RNG_ID, slot: None, at: root.key("rng") });
-    disks.chain(nics).chain(rng).collect()
+    let balloon = config.balloon.as_ref().map(|_| Wish { id: BALLOON_ID, slot: None, at: root.key("balloon") });
+    disks.chain(nics).chain(rng).chain(balloon).collect()
 }

@@ -148,6 +148,7 @@ impl Inner {
             resets: self.resets,
             guest_panic: None,
             clock_offset: None,
+            balloon: config.balloon.as_ref().filter(|_| self.alive()).map(|balloon| balloon.size.bytes()),
             vcpus: if self.alive() { config.cpus.count } else { 0 },
             serial_path: None,
             pid: std::process::id(),

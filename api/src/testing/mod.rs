@@ -13,7 +13,7 @@ pub fn full_config() -> serde_json::Value {
     serde_json::json!({
         "name": "db01",
         "cpus": { "count": 4, "topology": { "sockets": 1, "cores": 2, "threads": 2 } },
-        "memory": { "size": "2GiB", "shared": true, "hugepages": "2M", "prefault": true },
+        "memory": { "size": "2GiB", "shared": true, "hugepages": "off", "prefault": true },
         "numa": [
             { "cpus": "0-1", "memory": "1GiB", "distances": [10, 21], "host_nodes": [0] },
             { "cpus": "2-3", "memory": "1GiB", "distances": [21, 10], "host_nodes": [1] }
@@ -35,6 +35,7 @@ pub fn full_config() -> serde_json::Value {
             { "id": "net1", "tap_fds": { "inherited": [3, 4] }, "mac": "52:54:00:00:00:02", "queues": 2, "vhost": true }
         ],
         "rng": true,
+        "balloon": { "size": "512MiB", "deflate_on_oom": false, "free_page_reporting": true },
         "generation_id": "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87",
         "tpm": { "socket": "/run/swtpm.sock" },
         "serial": { "mode": "socket", "path": "/run/console.sock" },

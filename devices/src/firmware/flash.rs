@@ -15,6 +15,11 @@
 //! the disk, and the vCPU waits for that, as it would for the chip: a variable that was set is not lost by a kill or a crash of
 //! the host, and none is torn. It waits [`PATIENCE`] at most, for a thread that does the writing. After that, and while a
 //! write has failed, the memory is write-protected: what the guest cannot keep, it is not shown either.
+//!
+//! **In which order.** What waits to be stored is programming of one range, or erasures of one: before anything else changes, it is
+//! stored and synced. So whenever the VMM is killed or the host fails, the store has all commands up to some moment, of the range that was
+//! being written then each page (on a disk: each sector) before or after, and nothing of what came later. Firmware relies on no more of a
+//! chip: a variable counts once a byte of its own says so, which is programmed last.
 
 use std::io;
 use std::ops::Range;
@@ -67,10 +72,31 @@ struct State {
     /// Reads give the array, not the status.
     array: bool,
     /// What of the array is not in the store.
-    dirty: Option<Range<usize>>,
+    dirty: Option<Dirty>,
     /// The store does not take what is written.
     failing: bool,
     writer: Writer,
+}
+
+/// What changes a range of the array.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Programming,
+    Erasure,
+}
+
+/// A range that was changed and is not stored, all of it in one way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Dirty {
+    range: Range<usize>,
+    by: Change,
+}
+
+impl Dirty {
+    /// Whether a change of `range` can be stored together with it.
+    fn takes(&self, range: &Range<usize>, by: Change) -> bool {
+        self.by == by && range.start <= self.range.end && self.range.start <= range.end
+    }
 }
 
 /// A bank of flash memory that the guest can write.
@@ -162,9 +188,9 @@ impl Flash {
     fn program(&self, state: &mut State, offset: usize, data: &[u8]) {
         state.expect = Expect::Command;
         state.status |= READY;
-        let changed = self.change(state, offset..offset.saturating_add(data.len()), |index, old| {
-            old & data.get(index).copied().unwrap_or(0xff)
-        });
+        let range = offset..offset.saturating_add(data.len());
+        let changed =
+            self.change(state, range, Change::Programming, |index, old| old & data.get(index).copied().unwrap_or(0xff));
         if !changed {
             state.status |= PROGRAM_ERROR;
         }
@@ -174,15 +200,21 @@ impl Flash {
         state.expect = Expect::Command;
         state.status |= READY;
         let start = offset - offset % BLOCK;
-        if !self.change(state, start..start.saturating_add(BLOCK), |_, _| 0xff) {
+        if !self.change(state, start..start.saturating_add(BLOCK), Change::Erasure, |_, _| 0xff) {
             state.status |= ERASE_ERROR;
         }
     }
 
     /// Changes a range of the array; says whether that was possible.
-    fn change(&self, state: &mut State, range: Range<usize>, new: impl Fn(usize, u8) -> u8) -> bool {
+    fn change(&self, state: &mut State, range: Range<usize>, by: Change, new: impl Fn(usize, u8) -> u8) -> bool {
         if state.failing && !self.recovers(state) {
             return false;
+        }
+        if state.dirty.as_ref().is_some_and(|dirty| !dirty.takes(&range, by)) {
+            self.store(state);
+            if state.failing {
+                return false;
+            }
         }
         let array = self.array.as_volatile_slice();
         let mut bytes = vec![0; range.len().min(BLOCK)];
@@ -192,11 +224,11 @@ impl Flash {
         for (index, byte) in bytes.iter_mut().enumerate() {
             *byte = new(index, *byte);
         }
-        state.dirty = Some(match state.dirty.take() {
-            Some(dirty) => dirty.start.min(range.start)..dirty.end.max(range.end),
-            None => range.clone(),
-        });
-        array.write_slice(&bytes, range.start).is_ok()
+        let before = state.dirty.take().map_or(range.clone(), |dirty| dirty.range);
+        let start = range.start;
+        let range = before.start.min(start)..before.end.max(range.end);
+        state.dirty = Some(Dirty { range, by });
+        array.write_slice(&bytes, start).is_ok()
     }
 
     /// Whether a store that failed has taken what it was given, now or at another try.
@@ -217,7 +249,7 @@ impl Flash {
             let written = state.writer.wait(Duration::ZERO);
             return self.conclude(state, written);
         }
-        let Some(range) = state.dirty.clone() else { return };
+        let Some(Dirty { range, .. }) = state.dirty.clone() else { return };
         let mut bytes = vec![0; range.len()];
         let written = match self.array.as_volatile_slice().read_slice(&mut bytes, range.start) {
             Ok(()) => state.writer.write(range.start as u64, bytes, PATIENCE),

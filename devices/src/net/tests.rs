@@ -7,6 +7,7 @@ mod hostile;
 mod identity;
 mod lifecycle;
 mod limits;
+mod netkvm;
 mod pace;
 mod real;
 mod receive;

@@ -24,6 +24,8 @@
 
 mod ring;
 mod signals;
+#[cfg(test)]
+pub(crate) mod windows;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -4,6 +4,8 @@
 //! the driver is ready ([`VirtioDevice::start`]) and gives them back, drained, when it has to stop ([`VirtioDevice::stop`]).
 //! Pause, reset, unplug, snapshot and migration are all made of these two: there is no second path.
 
+mod attendant;
+pub mod balloon;
 #[cfg(any(test, feature = "test-double"))]
 pub mod double;
 pub mod pci;
@@ -17,6 +19,7 @@ use thiserror::Error;
 use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::attendant::WorkerError;
 use crate::GuestMemory;
 use crate::interrupt::QueueInterrupt;
 use crate::metrics::MetricSource;
@@ -32,6 +35,8 @@ pub enum DeviceType {
     Block = 2,
     /// Entropy source, §5.4.
     Rng = 4,
+    /// Memory balloon, §5.5.
+    Balloon = 5,
 }
 
 /// One queue that the driver enabled, handed to the device with all that its worker needs.

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rackvisor_api::config::{DiskConfig, DiskGroup, Limits, Link, NicConfig};
+use rackvisor_api::config::{BALLOON_ID, DiskConfig, DiskGroup, Limits, Link, NicConfig};
 use rackvisor_api::control::{DiskCounters, NicCounters};
 use rackvisor_devices::block::{BlockHandle, Geometry, RescanError};
 use rackvisor_devices::generation::GenerationId;
 use rackvisor_devices::limiter::Limiter;
 use rackvisor_devices::metrics::{MetricSource, Sample, Value};
 use rackvisor_devices::net::NetHandle;
+use rackvisor_devices::virtio::balloon::BalloonHandle;
 use rackvisor_devices::virtio::pci::VirtioPci;
 
 use super::clock::LiveClock;
@@ -175,6 +176,8 @@ pub struct Inventory {
     pub clock: Option<LiveClock>,
     /// The generation ID, if there is one.
     pub generation: Option<Arc<GenerationId>>,
+    /// The balloon, if there is one.
+    pub balloon: Option<BalloonHandle>,
     disks: Vec<(String, LiveDisk)>,
     groups: Vec<(String, Arc<Limiter>)>,
     nics: Vec<(String, LiveNic)>,
@@ -204,6 +207,14 @@ impl Inventory {
     pub fn limit_group(&self, id: &str, limits: &Limits) {
         if let Some(group) = self.group(id) {
             group.set(limits::of_disks(limits));
+        }
+    }
+
+    /// Asks the guest to give the balloon this many bytes, if there is one.
+    pub fn resize_balloon(&self, size: u64) {
+        if let (Some(balloon), Some(transport)) = (&self.balloon, self.transport(BALLOON_ID)) {
+            balloon.set_size(size);
+            transport.signals().config_changed();
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use rackvisor_api::config::{BootConfig, RNG_ID, VmConfig, slot_assignment};
+use rackvisor_api::config::{BALLOON_ID, BootConfig, RNG_ID, VmConfig, slot_assignment};
 use rackvisor_devices::tpm::Tpm;
 use rackvisor_devices::virtio::VirtioDevice;
 use rackvisor_devices::virtio::pci::VirtioPci;
@@ -12,7 +12,7 @@ use rackvisor_devices::virtio::rng::VirtioRng;
 use super::console::LiveConsole;
 use super::inventory::Inventory;
 use super::platform::{self, Platform};
-use super::{AssemblyError, DeviceBusy, DeviceStart, Host, disks, nics, tpm};
+use super::{AssemblyError, DeviceBusy, DeviceStart, Host, balloon, disks, nics, tpm};
 use crate::boot::loading::Loading;
 use crate::boot::{BootImages, LoadedImages};
 use crate::cpu::metrics::VcpuSetMetrics;
@@ -229,6 +229,10 @@ fn attach_devices(config: &VmConfig, sockets: &Sockets<'_>, inventory: &mut Inve
         } else if let Some(nic) = config.nic(&id) {
             let (device, live) = nics::open(nic, sockets.host)?;
             inventory.add_nic(&id, live);
+            Box::new(device)
+        } else if let Some(config) = config.balloon.as_ref().filter(|_| id == BALLOON_ID) {
+            let (device, live) = balloon::open(config, sockets.host)?;
+            inventory.balloon = Some(live);
             Box::new(device)
         } else {
             let device = VirtioRng::new(RNG_ID, &*sockets.host.spawner, Arc::clone(&sockets.host.notifier));

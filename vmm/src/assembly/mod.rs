@@ -2,6 +2,7 @@
 //!
 //! Everything is opened and every thread is started (parked) here, before the first guest instruction runs.
 
+mod balloon;
 mod clock;
 mod console;
 mod disks;

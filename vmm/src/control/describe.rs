@@ -7,6 +7,7 @@ use rackvisor_api::control::{DeviceState, DiskCounters, DiskInfo, NicCounters, N
 use rackvisor_api::events::EventKind;
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::state::VmState;
+use rackvisor_devices::virtio::balloon::BalloonHandle;
 use rackvisor_devices::virtio::pci::{DriverState, VirtioPci};
 
 use super::controller::Controller;
@@ -23,6 +24,7 @@ impl Controller {
             resets: self.resets,
             guest_panic: self.guest_panic.clone(),
             clock_offset: self.clock_offset(),
+            balloon: self.inventory.as_ref().and_then(|i| i.balloon.as_ref()).map(BalloonHandle::held),
             vcpus: self.inventory.as_ref().map_or(0, |_| config.cpus.count),
             serial_path: self.inventory.as_ref().and_then(|i| i.serial_path.clone()),
             pid: std::process::id(),
@@ -105,7 +107,7 @@ impl Controller {
         self.config()?.nic(id).ok_or_else(|| Problem::no_such_nic(id))
     }
 
-    /// The guest is told of another generation ID.
+    /// The guest is told of another generation ID, and asked for another size of the balloon.
     fn patch_vm(&mut self, patch: &VmPatch) -> Result<Response, Problem> {
         let changed = patch.apply(self.config()?, self.inventory.is_some())?;
         let live = self.inventory.as_ref().and_then(|i| i.generation.as_ref());
@@ -114,6 +116,11 @@ impl Controller {
                 let detail = format!("the generation ID cannot be written to the guest's memory: {e}");
                 Problem::new(Code::Internal, detail, "report this with the log of the VMM")
             })?;
+        }
+        if let (Some(inventory), Some(balloon)) = (&self.inventory, &changed.balloon)
+            && self.config()?.balloon.as_ref() != Some(balloon)
+        {
+            inventory.resize_balloon(balloon.size.bytes());
         }
         self.config = Some(changed);
         self.described()

@@ -11,7 +11,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use rackvisor_api::config::{HugePages, MemoryConfig, NumaNode};
-use rackvisor_devices::GuestMemory;
+use rackvisor_devices::{GuestMemory, pages};
 use thiserror::Error;
 use vm_memory::{GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
@@ -108,16 +108,12 @@ impl Ram {
     /// [`MemoryError::Map`] when the host refuses that, or has no pages for RAM that is to be prefaulted.
     pub fn clear(&self) -> Result<(), MemoryError> {
         for region in &self.regions {
-            let advice = if region.flags() & libc::MAP_SHARED != 0 { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-            // SAFETY: the range is a mapping of this value; devices and vCPUs, which alone have it besides, stand still.
-            if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
-                return Err(MemoryError::Map {
-                    mib: region.len() >> 20,
-                    what: "clearing it, as the guest asked for",
-                    source: io::Error::last_os_error(),
-                    remedy: "shut the VM down and boot it, which gives it new RAM",
-                });
-            }
+            pages::give_back(region, 0, region.len()).map_err(|source| MemoryError::Map {
+                mib: region.len() >> 20,
+                what: "clearing it, as the guest asked for",
+                source,
+                remedy: "shut the VM down and boot it, which gives it new RAM",
+            })?;
             if self.prefault {
                 prefault(region.as_ptr().cast(), region.size())?;
             }

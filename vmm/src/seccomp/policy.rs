@@ -90,6 +90,7 @@ fn source(name: &str) -> &'static str {
         "block",
         "net",
         "rng",
+        "balloon",
         "reservation",
         "console",
         "tpm",

@@ -1,5 +1,7 @@
 //! The firmware's side of the flash memory.
 
+mod kills;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 
@@ -153,6 +155,24 @@ fn programming_clears_bits_and_erasing_a_block_sets_all_of_it() {
     bench.write(0, 0xff);
     assert_eq!((bench.read(0x1004), bench.stored(0x1004)), (0xff, 0xff));
     assert_eq!((bench.read(0x2000), bench.stored(0x2000)), (0, 0), "the next block stays");
+}
+
+#[test]
+fn nothing_is_stored_together_with_what_the_firmware_did_elsewhere_or_otherwise() {
+    let bench = Bench::new();
+    let erase = |offset| [0x20, 0xd0].into_iter().for_each(|command| bench.write(offset, command));
+    let writes = || bench.writes.load(Ordering::Relaxed);
+    bench.program(0, b"abc");
+    bench.program(3, b"d");
+    bench.program(0x10, b"e");
+    assert_eq!((writes(), bench.stored(3), bench.stored(0x10)), (1, b'd', 0xff));
+    erase(0x1000);
+    erase(0x2000);
+    assert_eq!((writes(), bench.stored(0x10)), (2, b'e'));
+    bench.program(0x2000, b"f");
+    assert_eq!((writes(), bench.stored(0x2000)), (3, 0xff));
+    bench.write(0, 0xff);
+    assert_eq!((writes(), bench.stored(0x2000)), (4, b'f'));
 }
 
 #[test]

@@ -21,13 +21,13 @@ impl HashConfig {
         Self::new(*types, data).filter(|_| *reserved == [0; 8])
     }
 
-    /// `key` with its length before it is all that is left.
+    /// `key` has its length before it. What comes after it is the padding of somebody's structure: Linux 6.15 sends a byte of it.
     fn new(types: [u8; 4], key: &[u8]) -> Option<Self> {
         let types = u32::from_le_bytes(types);
         let (length, data) = key.split_first()?;
-        let fits = data.len() == usize::from(*length) && data.len() <= KEY_LENGTH;
+        let data = data.get(..usize::from(*length)).filter(|data| data.len() <= KEY_LENGTH)?;
         // Without a key there is no hash.
-        if types & !SUPPORTED != 0 || !fits || (data.is_empty() && types != 0) {
+        if types & !SUPPORTED != 0 || (data.is_empty() && types != 0) {
             return None;
         }
         let mut key = [0; KEY_LENGTH];
@@ -90,4 +90,21 @@ impl RssConfig {
 fn number(data: &[u8]) -> Option<(u16, &[u8])> {
     let (bytes, rest) = data.split_first_chunk()?;
     Some((u16::from_le_bytes(*bytes), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_without_hash_or_key_is_one_and_so_is_one_with_padding_behind_its_key() {
+        // NetKVM's first, with four transmit queues: everything else is zero.
+        let none = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0];
+        let config = RssConfig::parse(&none, 4).unwrap();
+        assert_eq!((config.pairs(), config.receivers().collect::<Vec<_>>()), (4, vec![0, 0]));
+        let with_key = [&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 40][..], &[7; 40]].concat();
+        let padded = [&with_key[..], &[0; 3]].concat();
+        assert_eq!(RssConfig::parse(&padded, 4), RssConfig::parse(&with_key, 4));
+        assert!(RssConfig::parse(&with_key, 4).is_some() && RssConfig::parse(&with_key[..52], 4).is_none());
+    }
 }

@@ -104,7 +104,7 @@ impl Layout {
             class: match device {
                 DeviceType::Net => 0x02_00_00,
                 DeviceType::Block => 0x01_00_00,
-                DeviceType::Rng => 0x00_ff_00,
+                DeviceType::Rng | DeviceType::Balloon => 0x00_ff_00,
             },
             subsystem_vendor: VENDOR,
             subsystem: SUBSYSTEM,
