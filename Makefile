@@ -4,7 +4,7 @@ CARGO ?= cargo
 # Not that of the environment: shells have a variable of this name that counts.
 SECONDS = 30
 
-.PHONY: help demo test fuzz lint fmt clippy docs guest bench-api bench-block bench-boot bench-memory bench-net bench-path bench-uefi static \
+.PHONY: help demo test fuzz lint fmt clippy docs guest bench-api bench-block bench-boot bench-jail bench-memory bench-net bench-path bench-uefi static \
 	release reproducible man
 
 help: ## this list
@@ -62,6 +62,9 @@ bench-boot: ## boot time and memory, side by side with other VMMs
 
 bench-memory: ## what each kind of guest RAM costs
 	@benches/memory
+
+bench-jail: ## starts in the jail and without
+	@benches/jail
 
 bench-net: ## NICs, side by side with other VMMs
 	@benches/net

@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -34,7 +35,8 @@ class Running:
         return self
 
     def __exit__(self, *_):
-        self.process.send_signal(signal.SIGKILL)
+        # One that has to clean up is asked to end.
+        self.process.send_signal(getattr(self.machine, "ended_by", signal.SIGKILL))
         self.process.wait()
         for descriptor in (self.keyboard, self.serial):
             os.close(descriptor)
@@ -58,6 +60,25 @@ class Running:
             self.output += data
             if marker in self.output:
                 return now - self.started
+
+    def wait_for_answer(self, path, request, timeout):
+        """Seconds from just before the process was started until it answered `request` on the Unix socket at `path`."""
+        while self.process.poll() is None:
+            with socket.socket(socket.AF_UNIX) as client:
+                try:
+                    client.connect(path)
+                    client.sendall(request)
+                    answer = client.recv(4096)
+                    now = time.clock_gettime(time.CLOCK_MONOTONIC)
+                    if b" 200 " not in answer:
+                        raise Silent(f"{path} answered {answer!r}")
+                    return now - self.started
+                except (FileNotFoundError, ConnectionRefusedError):
+                    pass
+            if time.clock_gettime(time.CLOCK_MONOTONIC) > self.started + timeout:
+                break
+            time.sleep(0.0001)
+        raise Silent(f"no answer on {path} within {timeout} s\n{self.said()}")
 
     def halt(self):
         """Stops the whole process, but for the time of `going`."""

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use crate::privileges::Limit;
 
@@ -59,6 +59,11 @@ pub struct Cli {
     /// Resource limit (setrlimit), e.g. `nofile=1024`; `core` is 0 unless it is given.
     #[arg(long, value_name = "NAME=SOFT[:HARD]")]
     pub rlimit: Vec<Limit>,
+    /// The user namespace of the VMM: `private`, one of its own that has only its user and group, so that a capability that it
+    /// should never get is none on the host; or `host`, for --api-allow-uid and --api-allow-gid of rackvisor, as the kernel does
+    /// not tell a process who asks from outside of its user namespace, and for kernels without.
+    #[arg(long, value_name = "NAMESPACE", value_enum, default_value_t = UserNamespace::Private)]
+    pub userns: UserNamespace,
     /// Go to the background once the VMM has started, and write to --log-file.
     #[arg(long, requires = "pid_file", requires = "log_file")]
     pub daemon: bool,
@@ -74,8 +79,8 @@ pub struct Cli {
 }
 
 const AFTER: &str = "\
-The jail is a root of its own in memory, with namespaces for mounts, processes, IPC, host name, cgroups and network. The VMM has no
-capability and cannot get any. Its working directory is /run, which is BASE/ID/run on the host. BASE/ID/vmm has its process id.
+The jail is a root of its own in memory, with namespaces for mounts, processes, IPC, host name, cgroups, network and users. The VMM
+has no capability and cannot get any. Its working directory is /run, which is BASE/ID/run on the host. BASE/ID/vmm has its process id.
 If the jailer dies, so does the VM. What that leaves behind the next run with the same id removes.
 
 Exit codes:
@@ -90,6 +95,15 @@ Exit codes:
 Example:
   rackvisor-jailer --id db01 --uid 2001 --gid 2001 --device /dev/mapper/mpatha --tap tap0=3 --share-ro /boot \\
     --api-socket /run/rackvisor/db01.sock --cgroup memory.max=5G --cgroup pids.max=64 -- --config /boot/db01.toml --boot";
+
+/// Which user namespace the VMM is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum UserNamespace {
+    /// One of its own.
+    Private,
+    /// The jailer's.
+    Host,
+}
 
 /// The name of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,13 +9,16 @@ use std::path::PathBuf;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::UnshareFlags;
 
 use crate::error::{JailError, refused};
 use crate::privileges::{self, Limit};
 use crate::root::{self, Contents};
 use crate::sys::{self, Signals};
+use crate::userns;
 
+/// What the child says when it is in its user namespace, of which the jailer has to write the map. No error begins with it.
+const MAP: u8 = b'@';
 /// The longest that the words of a child are.
 const MAX_WORDS: u64 = 16 << 10;
 /// Where the VMM is in its jail.
@@ -34,6 +37,8 @@ pub struct Plan {
     pub contents: Contents,
     /// A folder of the host that only root can change, on which the root is mounted where nobody else sees it.
     pub place: PathBuf,
+    /// Whether the process gets a user namespace of its own.
+    pub user_namespace: bool,
     /// Resource limits.
     pub limits: Vec<Limit>,
     /// Descriptors that the VMM gets by these numbers.
@@ -49,12 +54,13 @@ pub struct Child {
     process: OwnedFd,
 }
 
-/// A process in its namespace that waits for the word to go on. It ends if that never comes.
+/// A process that goes into its jail, and waits there for the word to become the VMM. It ends if that never comes.
 #[derive(Debug)]
 pub struct Waiting {
     child: Child,
-    go: OwnedFd,
-    words: OwnedFd,
+    go: File,
+    words: File,
+    user: (u32, u32),
 }
 
 impl Waiting {
@@ -74,7 +80,7 @@ impl Waiting {
             std::process::exit(i32::from(error.code()));
         };
         let process = pidfd_open(pid, PidfdFlags::empty()).map_err(refused("open the VMM's process"))?;
-        Ok(Self { child: Child { pid, process }, go, words })
+        Ok(Self { child: Child { pid, process }, go: go.into(), words: words.into(), user: (plan.uid, plan.gid) })
     }
 
     /// Its process id on the host.
@@ -87,13 +93,21 @@ impl Waiting {
     /// # Errors
     /// Why it could not.
     pub fn go(self) -> Result<Child, JailError> {
-        let Self { child, go, words } = self;
-        File::from(go).write_all(b"!").map_err(refused("start the VMM"))?;
-        let mut said = String::new();
+        let Self { child, mut go, mut words, user } = self;
+        let mut let_go = || go.write_all(b"!").map_err(refused("start the VMM"));
+        let_go()?;
+        let hears = || refused("hear from the VMM's process");
+        let mut said = vec![0];
+        let length = words.read(&mut said).map_err(hears())?;
+        said.truncate(length);
+        if said == [MAP] {
+            said.clear();
+            userns::map(child.pid, user)?;
+            let_go()?;
+        }
         // The other end is closed by exec, or at the process's end.
-        let read = File::from(words).take(MAX_WORDS).read_to_string(&mut said);
-        read.map_err(refused("hear from the VMM's process"))?;
-        match said.split_once('\n') {
+        words.take(MAX_WORDS).read_to_end(&mut said).map_err(hears())?;
+        match String::from_utf8_lossy(&said).split_once('\n') {
             None => Ok(child),
             Some((code, text)) => {
                 let _ = waitpid(Some(child.pid), WaitOptions::empty());
@@ -156,22 +170,25 @@ fn become_vmm(plan: &Plan, signals: &Signals, wait: OwnedFd, speak: &OwnedFd) ->
 }
 
 fn prepare(plan: &Plan, wait: OwnedFd, speak: &OwnedFd) -> Result<(CString, Vec<CString>), JailError> {
-    let mut wait = File::from(wait);
-    let mut word = [0];
-    wait.read_exact(&mut word).map_err(refused("go on: the jailer has ended"))?;
     // A session of its own has no terminal that it could write to as if it were typed.
     rustix::process::setsid().map_err(refused("make a session"))?;
-    let spaces = UnshareFlags::NEWNS
-        | UnshareFlags::NEWIPC
-        | UnshareFlags::NEWUTS
-        | UnshareFlags::NEWNET
-        | UnshareFlags::NEWCGROUP;
-    new_namespaces(spaces)?;
+    new_namespaces(UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNET)?;
     rustix::system::sethostname(plan.name.as_bytes()).map_err(refused("set the host name"))?;
     privileges::set_limits(&plan.limits)?;
     root::enter(&plan.contents, &plan.place, plan.uid, plan.gid)?;
     rustix::process::chdir("/run").map_err(refused("change to the jail's /run"))?;
+    // All this while the jailer moves the process into its cgroup, which takes the kernel as long.
+    let mut wait = File::from(wait);
+    await_word(&mut wait)?;
+    new_namespaces(UnshareFlags::NEWCGROUP)?;
     close_others(&plan.keep)?;
+    privileges::give_up_groups()?;
+    if plan.user_namespace {
+        // All other namespaces are the host's: whoever gets capabilities in this one has none in those.
+        userns::enter()?;
+        rustix::io::write(speak, &[MAP]).map_err(refused("speak to the jailer"))?;
+        await_word(&mut wait)?;
+    }
     privileges::give_up(plan.uid, plan.gid)?;
     // A change of the user undoes it, so it comes last.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(refused("follow the jailer's end"))?;
@@ -185,6 +202,11 @@ fn prepare(plan: &Plan, wait: OwnedFd, speak: &OwnedFd) -> Result<(CString, Vec<
     Ok((text(&VMM.to_owned())?, arguments?))
 }
 
+/// Waits until the jailer says that this process may go on.
+fn await_word(wait: &mut File) -> Result<(), JailError> {
+    wait.read_exact(&mut [0]).map_err(refused("go on: the jailer has ended"))
+}
+
 /// Whether nobody has the other end of this pipe.
 fn is_deserted(pipe: &OwnedFd) -> bool {
     let mut pipe = [PollFd::new(pipe, PollFlags::empty())];
@@ -192,10 +214,8 @@ fn is_deserted(pipe: &OwnedFd) -> bool {
     polled.is_err() || pipe.iter().any(|pipe| pipe.revents().contains(PollFlags::ERR))
 }
 
-#[allow(unsafe_code)] // Unsharing the table of descriptors would confuse their owners; these flags do not.
 fn new_namespaces(flags: UnshareFlags) -> Result<(), JailError> {
-    // SAFETY: the flags, all of which are in this file, are of namespaces only; FILES is not among them.
-    unsafe { unshare_unsafe(flags) }.map_err(refused("make namespaces"))
+    sys::unshare(flags).map_err(refused("make namespaces"))
 }
 
 /// Lets exec close all descriptors but the standard ones and those to keep.

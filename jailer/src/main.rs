@@ -6,8 +6,10 @@
 //! 1. The numbers of descriptors are taken ([`descriptors`]), paths are walked ([`trusted`]: nobody but root can change where they
 //!    lead), the VM is locked and what an earlier run left is removed ([`instance`]).
 //! 2. Files, devices and taps are opened, the parts of sysfs and the libraries found ([`sysfs`], [`libraries`]), the API socket is made.
-//! 3. The cgroup is made ([`cgroup`]). The process that becomes the VMM is started in a new PID namespace, noted and put into it, and let go.
-//! 4. In it ([`launch`]): namespaces, resource limits, the root ([`root`]), user and capabilities ([`privileges`]), exec.
+//! 3. The cgroup is made ([`cgroup`]). The process that becomes the VMM is started in a new PID namespace, noted and put into it, and let go,
+//!    while it goes into the jail.
+//! 4. In it ([`launch`]): namespaces, resource limits, the root ([`root`]), last a namespace for users ([`userns`]), user and capabilities
+//!    ([`privileges`]), exec.
 //! 5. The jailer passes signals on until the VMM ends, then removes all that it has made.
 //!
 //! The VMM runs from a read-only mount of the host's file, as do the libraries of a dynamic one. That costs no memory, and an update of the package
@@ -32,6 +34,7 @@ mod root;
 mod sys;
 mod sysfs;
 mod trusted;
+mod userns;
 
 use std::process::ExitCode;
 

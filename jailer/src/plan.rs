@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::FileType;
 
-use crate::cli::Cli;
+use crate::cli::{Cli, UserNamespace};
 use crate::descriptors::Handed;
 use crate::error::{JailError, refused_at};
 use crate::instance::Instance;
@@ -55,6 +55,7 @@ pub fn plan(
         gid: cli.gid,
         contents,
         place: instance.path().to_owned(),
+        user_namespace: cli.userns == UserNamespace::Private,
         limits: cli.rlimit.clone(),
         keep: handed.numbers.clone(),
         arguments,

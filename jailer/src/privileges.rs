@@ -69,6 +69,14 @@ pub fn set_limits(limits: &[Limit]) -> Result<(), JailError> {
     Ok(())
 }
 
+/// Leaves all supplementary groups, which a process cannot in the user namespace of a jail.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn give_up_groups() -> Result<(), JailError> {
+    set_thread_groups(&[]).map_err(refused("give up groups"))
+}
+
 /// Becomes a user without any capability, who can never get one.
 ///
 /// # Errors
@@ -91,7 +99,6 @@ pub fn give_up(uid: u32, gid: u32) -> Result<(), JailError> {
     }
     clear_ambient_capability_set().map_err(refused("give up ambient capabilities"))?;
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-    set_thread_groups(&[]).map_err(refused("give up groups"))?;
     set_thread_res_gid(gid, gid, gid).map_err(refused("change the group"))?;
     set_thread_res_uid(uid, uid, uid).map_err(refused("change the user"))?;
     let empty = CapabilitySet::empty();

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr;
 
 use rustix::process::Pid;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// The signals that the jailer waits for: those that it passes on, and that of its child's end.
 const AWAITED: [c_int; 7] =
@@ -74,6 +75,14 @@ impl Signals {
         // SAFETY: the set is valid. Restoring a mask that was valid cannot fail.
         unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const self.before, ptr::null_mut()) };
     }
+}
+
+/// Moves this process, or with `NEWPID` its children, into new namespaces.
+pub fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
+    // To unshare the table of descriptors would confuse their owners.
+    let flags = flags.difference(UnshareFlags::FILES);
+    // SAFETY: descriptors stay what they are.
+    unsafe { unshare_unsafe(flags) }
 }
 
 /// Lets exec close the descriptors `first` to `last`.

@@ -26,6 +26,21 @@ macro_rules! needs_jail {
     };
 }
 
+/// Whether every VM is to be jailed.
+pub fn all_are_jailed() -> bool {
+    std::env::var_os("RACKVISOR_JAIL").is_some()
+}
+
+/// Ends the test, loudly, where every VM is jailed and what it tests cannot be had in a jail, for this reason.
+#[macro_export]
+macro_rules! impossible_in_a_jail {
+    ($why:expr) => {
+        if $crate::all_are_jailed() {
+            return $crate::skip($why);
+        }
+    };
+}
+
 /// The `rackvisor-jailer` next to the `rackvisor` under test.
 pub fn jailer_binary() -> PathBuf {
     rackvisor_binary().with_file_name("rackvisor-jailer")

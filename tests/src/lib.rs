@@ -41,7 +41,7 @@ pub use eventlog::{EventLog, LogEvent};
 pub use exits::{Trace, exits};
 pub use guest::Guest;
 pub use hostdisk::{Mapped, NullBlk};
-pub use jail::{Jail, jail_is_missing, jailer_binary};
+pub use jail::{Jail, all_are_jailed, jail_is_missing, jailer_binary};
 pub use laps::Laps;
 pub use linux::{
     Kernel, guest_folder, linux, linux_that_runs, linux_with_fio, linux_with_net, linux_with_tpm, stock_kernel,
@@ -59,8 +59,8 @@ pub use tap::{Rarps, Tap, taps_are_missing};
 pub use terminal::Terminal;
 pub use tiny::Tiny;
 pub use uefi::{
-    Keys, Loader, assert_secure_boot, boot_entries, boot_past_unsigned_loader, booted_disk, global_variable,
-    make_boot_entry, mark_disk, mount_variables, uefi, uefi_disk, uefi_disk_with, uefi_with_smm,
+    Keys, Loader, assert_secure_boot, boot_entries, boot_order, boot_past_unsigned_loader, booted_disk,
+    global_variable, make_boot_entry, mark_disk, mount_variables, uefi, uefi_disk, uefi_disk_with, uefi_with_smm,
 };
 pub use vmm::{Rackvisor, rackctl_binary, rackvisor_binary};
 

@@ -44,6 +44,7 @@ pub fn uefi(vmm: &Rackvisor, keys: Keys) -> VmConfig {
     let vars = vmm.path("vars.fd");
     let name = if keys == Keys::None { "OVMF_VARS_4M.fd" } else { "OVMF_VARS_4M.ms.fd" };
     std::fs::copy(file(name), &vars).unwrap();
+    vmm.give("vars.fd");
     let mut config = VmConfig::new("uefi", ByteSize::mib(256));
     config.boot = Some(BootConfig::with_firmware(file("OVMF_CODE_4M.fd"), vars));
     config
@@ -88,6 +89,11 @@ pub fn boot_entries(guest: &mut Guest, label: &str) -> Vec<String> {
     let listed = guest.ok("efibootmgr");
     let of_label = listed.lines().filter(|line| line.contains(label));
     of_label.filter_map(|line| Some(line.strip_prefix("Boot")?.get(..4)?.to_owned())).collect()
+}
+
+/// The boot order as `efibootmgr` prints it. Variables must be mounted.
+pub fn boot_order(guest: &mut Guest) -> Vec<String> {
+    guest.ok("efibootmgr | sed -n 's/^BootOrder: //p'").split(',').map(str::to_owned).collect()
 }
 
 /// Makes a boot entry called `label` for the first disk.

@@ -2,19 +2,20 @@
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rackvisor_api::client::Client;
-use rackvisor_api::config::{DiskConfig, SerialConfig, SerialMode, VmConfig};
+use rackvisor_api::config::{DiskConfig, SerialConfig, SerialMode, TapFds, VmConfig};
 use rackvisor_api::control::VmInfo;
 use rackvisor_api::state::{Action, VmState};
+use rackvisor_devices::net::open_queues;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Census, Guest, Jail, PATIENCE, eventually, filtered_threads, guest_folder};
+use crate::{Census, Guest, Jail, PATIENCE, all_are_jailed, eventually, filtered_threads, guest_folder};
 
 /// The `rackvisor` under test: RACKVISOR_BIN, or the one that was built with this test.
 pub fn rackvisor_binary() -> PathBuf {
@@ -62,11 +63,24 @@ impl Rackvisor {
 
     /// Starts it with more arguments; in a jail if RACKVISOR_JAIL is set.
     pub fn start_with(arguments: &[&str]) -> Self {
-        if std::env::var_os("RACKVISOR_JAIL").is_some() {
-            let guest = guest_folder();
-            return Self::start_jailed(Jail::new(), &["--share-ro", guest.to_str().unwrap()], arguments);
+        Self::start_with_devices(&[], arguments)
+    }
+
+    /// Starts it for a VM that has these devices of the host, which a jail is given at its start.
+    pub fn start_for(devices: &[&Path]) -> Self {
+        Self::start_with_devices(devices, &[])
+    }
+
+    fn start_with_devices(devices: &[&Path], arguments: &[&str]) -> Self {
+        if !all_are_jailed() {
+            return Self::start_by(Command::new(rackvisor_binary()).stdin(Stdio::null()), arguments);
         }
-        Self::start_by(Command::new(rackvisor_binary()).stdin(Stdio::null()), arguments)
+        let (guest, vhost) = (guest_folder(), Path::new("/dev/vhost-net"));
+        let mut options = vec!["--share-ro", guest.to_str().unwrap()];
+        for device in devices.iter().chain(vhost.exists().then_some(&vhost)) {
+            options.extend(["--device", device.to_str().unwrap()]);
+        }
+        Self::start_jailed(Jail::new(), &options, arguments)
     }
 
     /// Starts it without privileges in the network; it inherits `tap` as descriptor 3.
@@ -121,10 +135,15 @@ impl Rackvisor {
     /// A disk image with this content.
     pub fn image(&self, name: &str, content: &[u8]) -> DiskConfig {
         fs::write(self.path(name), content).unwrap();
+        self.give(name);
+        DiskConfig::new(name, self.path(name))
+    }
+
+    /// Lets it write to a file in its folder, whoever its user is.
+    pub fn give(&self, name: &str) {
         if let Some(jail) = &self.jail {
             jail.give(&self.path(name));
         }
-        DiskConfig::new(name, self.path(name))
     }
 
     /// What it logged.
@@ -160,7 +179,7 @@ impl Rackvisor {
     /// # Panics
     /// If it is not run, or a thread is not under a filter of system calls.
     pub fn boot(&self, config: &VmConfig) -> VmInfo {
-        self.client.define(config).unwrap();
+        self.define(config);
         let info = self.client.act(Action::Boot).unwrap();
         if std::env::var("RACKVISOR_SECCOMP").is_ok_and(|mode| mode == "off") {
             return info;
@@ -170,6 +189,17 @@ impl Rackvisor {
             filtered_threads(self.pid()).iter().all(|(_, filtered)| *filtered).then_some(())
         });
         info
+    }
+
+    /// Defines. A jail has no network: taps are opened here and go with the request.
+    fn define(&self, config: &VmConfig) {
+        let (mut config, mut queues) = (config.clone(), Vec::new());
+        for nic in config.nics.iter_mut().filter(|_| self.jail.is_some()) {
+            let Some(tap) = nic.tap.take() else { continue };
+            nic.tap_fds = Some(TapFds::Passed(nic.queues));
+            queues.extend(open_queues(&tap, nic.queues).unwrap());
+        }
+        self.client.define_with_fds(&config, queues).unwrap();
     }
 
     /// Defines and boots with the console on a socket; gives the console.

@@ -135,7 +135,7 @@ fn sigterm_ends_the_vm_with_everything_flushed_and_exit_code_0() {
     let image = folder.path().join("image");
     fs::write(&image, vec![0; 8 * MIB]).unwrap();
     let Some(device) = Loop::new(&image) else { return skip("loop devices need root") };
-    let vmm = Rackvisor::start();
+    let vmm = Rackvisor::start_for(&[Path::new(&device.0)]);
     let content = noise(4, MIB);
     let mut config = linux();
     config.disks = vec![DiskConfig::new("data", &device.0), vmm.image("source", &content)];

@@ -59,10 +59,16 @@ fn assert_jailed(pid: u32, jail: &Jail) {
         println!("{set}: {}", status(pid, set));
         assert_eq!(status(pid, set), "0000000000000000", "{set}");
     }
-    for space in ["net", "mnt", "pid", "ipc", "uts", "cgroup"] {
+    for space in ["net", "mnt", "pid", "ipc", "uts", "cgroup", "user"] {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap();
         println!("{}", of(&pid.to_string()).display());
         assert_ne!(of(&pid.to_string()), of("self"), "{space}");
+    }
+    let only = format!("{0} {0} 1", jail.uid);
+    for (file, wanted) in [("uid_map", only.as_str()), ("gid_map", &only), ("setgroups", "deny")] {
+        let found = lines(pid, file).concat().split_whitespace().collect::<Vec<_>>().join(" ");
+        println!("{file}: {found}");
+        assert_eq!(found, wanted, "{file}");
     }
     assert_eq!(status(pid, "NSpid").split(' ').next_back(), Some("1"), "it is alone");
     let network = lines(pid, "net/dev");
@@ -125,6 +131,61 @@ fn a_jailed_vm_has_its_disks_and_its_nic_and_nothing_else() {
     let ended = eventually("the jailer ends", || vmm.process().try_wait().unwrap());
     assert!(ended.success(), "{ended}: {}", vmm.log());
     assert!(!vmm.jail().folder().exists(), "something is left in the base folder");
+}
+
+/// Enters network, host name and user namespace of process `argv[1]` and becomes user `argv[2]` there, with all capabilities of it; then
+/// says what they are and what the kernel answers to what takes one of them.
+const POWERLESS: &str = r#"
+import ctypes, errno, os, socket, stat, sys
+libc = ctypes.CDLL(None, use_errno=True)
+pid, uid = map(int, sys.argv[1:])
+for space in ["net", "uts", "user"]:
+    assert libc.setns(os.open(f"/proc/{pid}/ns/{space}", os.O_RDONLY), 0) == 0, os.strerror(ctypes.get_errno())
+os.setresgid(uid, uid, uid)
+os.setresuid(uid, uid, uid)
+print("CapEff", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("CapEff")))
+def answer(name, call):
+    try:
+        done = call()
+        code = ctypes.get_errno() if done == -1 else 0
+    except OSError as error:
+        code = error.errno
+    print(name, errno.errorcode.get(code, "done"))
+answer("mount", lambda: libc.mount(b"none", b"/mnt", b"tmpfs", 0, None))
+answer("sethostname", lambda: socket.sethostname("free"))
+answer("mknod", lambda: os.mknod(f"/dev/shm/rackvisor-{os.getpid()}", 0o600 | stat.S_IFBLK, os.makedev(8, 0)))
+answer("packets", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+answer("setuid", lambda: os.setresuid(0, 0, 0))
+answer("setgroups", lambda: os.setgroups([uid]))
+answer("kill", lambda: os.kill(1, 0))
+"#;
+
+#[test]
+fn all_capabilities_that_there_are_in_the_jail_are_none_on_the_host() {
+    needs_jail!();
+    let vmm = Rackvisor::start_jailed(Jail::new(), &[], &[]);
+    let (pid, uid) = (vmm.pid().to_string(), vmm.jail().uid.to_string());
+    let (code, answers, err) = output(Command::new("python3").args(["-c", POWERLESS, &pid, &uid]));
+    println!("{answers}");
+    assert_eq!(code, 0, "{err}");
+    let (capabilities, answers) = answers.split_once('\n').unwrap();
+    let capabilities = u64::from_str_radix(capabilities.strip_prefix("CapEff ").unwrap(), 16).unwrap();
+    assert!(capabilities.trailing_ones() > 36, "it has all of them: {capabilities:x}");
+    let wanted =
+        "mount EPERM\nsethostname EPERM\nmknod EPERM\npackets EPERM\nsetuid EINVAL\nsetgroups EPERM\nkill EPERM";
+    assert_eq!(answers.trim(), wanted);
+}
+
+#[test]
+fn the_api_is_kept_for_users_only_where_the_kernel_can_tell_them_apart() {
+    needs_jail!();
+    let jail = Jail::new();
+    let (code, _, err) = output(jail.command(&[]).args(["--api-socket", "/run/api.sock", "--api-allow-uid", "65534"]));
+    assert!(code == 1 && err.contains("--userns host"), "{code}: {err}");
+    let vmm = Rackvisor::start_jailed(jail, &["--userns", "host"], &["--api-allow-uid", "0"]);
+    let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    assert_eq!(of(&vmm.pid().to_string()), of("self"));
+    assert_eq!(status(vmm.pid(), "CapEff"), "0000000000000000");
 }
 
 #[test]

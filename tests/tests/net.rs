@@ -11,11 +11,13 @@ use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
 use rackvisor_api::state::Action;
 use rackvisor_tests::{
-    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_nothing_more, assert_same_bytes, eventually, linux, linux_with_net,
-    needs_kvm, needs_vhost, noise, sha256,
+    Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_nothing_more, assert_same_bytes, eventually, impossible_in_a_jail,
+    linux, linux_with_net, needs_kvm, needs_vhost, noise, sha256,
 };
 
 const AMOUNT: usize = 100_000_000;
+/// Why a jailed VM has no RSS.
+const RSS: &str = "RSS is an eBPF program on the tap: it takes capabilities, of which nobody in a jail has any";
 
 /// A listener on the host's end of the tap; gives `nc` and its arguments to reach it.
 fn listen(tap: &Tap) -> (TcpListener, String) {
@@ -212,6 +214,7 @@ fn spread(vmm: &Rackvisor, tap: &Tap) -> [u64; 2] {
 #[test]
 fn linux_takes_rss_and_hash_reports_and_receives_by_all_its_queues() {
     needs_kvm!();
+    impossible_in_a_jail!(RSS);
     let (tap, vmm) = (Tap::multi_queue(), Rackvisor::start());
     let mut guest = with_rss(&vmm, &tap);
     let features = guest.ok("cat /sys/class/net/eth0/device/features");
@@ -225,6 +228,7 @@ fn linux_takes_rss_and_hash_reports_and_receives_by_all_its_queues() {
 #[test]
 fn a_guest_chooses_the_queue_that_receives_and_how_long_its_interrupts_are_held_back() {
     needs_kvm!();
+    impossible_in_a_jail!(RSS);
     let (tap, vmm) = (Tap::multi_queue(), Rackvisor::start());
     let mut guest = with_rss(&vmm, &tap);
     guest.ok("ethtool -X eth0 weight 0 1");

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rackvisor_api::config::{CpusConfig, VmConfig};
 use rackvisor_api::state::Action;
 use rackvisor_tests::{
-    Guest, Keys, Loader, Rackvisor, Random, assert_secure_boot, boot_entries, boot_past_unsigned_loader,
+    Guest, Keys, Loader, Rackvisor, Random, assert_secure_boot, boot_entries, boot_order, boot_past_unsigned_loader,
     make_boot_entry, mount_variables, needs_kvm, tell, uefi_disk, uefi_with_smm,
 };
 
@@ -20,11 +20,6 @@ fn boot_again(vmm: &Rackvisor, config: &VmConfig) -> Guest {
     let mut guest = vmm.boot_linux(config);
     mount_variables(&mut guest);
     guest
-}
-
-/// The boot order as `efibootmgr` prints it.
-fn boot_order(guest: &mut Guest) -> Vec<String> {
-    guest.ok("efibootmgr | sed -n 's/^BootOrder: //p'").split(',').map(str::to_owned).collect()
 }
 
 #[test]

@@ -42,7 +42,7 @@ fn a_limited_disk_does_what_it_may_within_5_percent_and_a_patch_changes_that_at_
     let (Some(first), Some(second)) = (NullBlk::new(128), NullBlk::new(128)) else {
         return skip("null_blk needs root");
     };
-    let vmm = Rackvisor::start();
+    let vmm = Rackvisor::start_for(&[&first.path, &second.path]);
     let mut config = linux_with_fio();
     // With bursts of a second, fits of the laboratory are made up for.
     config.disks = vec![

@@ -74,7 +74,7 @@ fn listen(options: &Serve) -> Result<Server, Box<dyn std::error::Error>> {
     let limits = Limits { connections: options.api_connections.into(), ..Limits::default() };
     let server = server.with_limits(limits);
     let allowed = Allowed { uids: options.api_allow_uid.clone(), gids: options.api_allow_gid.clone() };
-    Ok(if allowed == Allowed::default() { server } else { server.allow(allowed) })
+    Ok(if allowed == Allowed::default() { server } else { server.allow(allowed)? })
 }
 
 /// Boots the VM of `file` with its console on this terminal, and ends with it. `tpm` is where the state of a TPM is that it gets besides.

@@ -20,6 +20,7 @@
 //! The thread only translates: whatever takes time happens at the controller. So a slow client delays nobody else.
 
 mod activity;
+mod allowed;
 mod body;
 mod connection;
 mod extract;
@@ -52,6 +53,7 @@ use self::stream::Watched;
 use crate::control::{Control, Outcome, Reply, Request};
 use crate::problem::{Code, Problem};
 
+pub use allowed::Allowed;
 pub use extract::MAX_BODY;
 pub use listener::SocketOptions;
 pub use openapi::{OPENAPI_JSON, openapi};
@@ -106,21 +108,6 @@ pub struct Server {
     allowed: Option<Allowed>,
 }
 
-/// Users that are served, whatever the permissions of the socket file are. Root is not, unless it is named.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Allowed {
-    /// Their user ids.
-    pub uids: Vec<u32>,
-    /// Their group ids; a client has the one that it was started with, not its supplementary ones.
-    pub gids: Vec<u32>,
-}
-
-impl Allowed {
-    fn takes(&self, client: &tokio::net::unix::UCred) -> bool {
-        self.uids.contains(&client.uid()) || self.gids.contains(&client.gid())
-    }
-}
-
 impl Server {
     /// Listens on a Unix socket at `path`, mode 0600. A socket that a dead process left there is replaced; the file
     /// is removed when the server ends.
@@ -167,10 +154,13 @@ impl Server {
     }
 
     /// The same server for these clients only: others are answered 403, `not-allowed`.
-    #[must_use]
-    pub fn allow(mut self, allowed: Allowed) -> Self {
+    ///
+    /// # Errors
+    /// The kernel cannot tell one of them from others here, in this user namespace.
+    pub fn allow(mut self, allowed: Allowed) -> io::Result<Self> {
+        allowed.check()?;
         self.allowed = Some(allowed);
-        self
+        Ok(self)
     }
 
     /// Serves on a new thread named `api` until [`ServerHandle::stop`].
