@@ -12,8 +12,8 @@ use rackvisor_api::VmConfig;
 use rackvisor_api::config::{SerialConfig, SerialMode, TpmConfig};
 use rackvisor_api::state::{Action, VmState};
 use rackvisor_tests::{
-    Guest, Rackvisor, Terminal, Tiny, eventually, impossible_in_a_jail, linux, linux_with_tpm, needs_kvm, rackvisor_binary,
-    skip, swtpm_is_missing,
+    Guest, Rackvisor, Terminal, Tiny, eventually, impossible_in_a_jail, linux, linux_with_tpm, needs_kvm,
+    rackvisor_binary, skip, swtpm_is_missing,
 };
 
 /// Boots with a console of this mode.
