@@ -117,18 +117,21 @@ struct Double {
 
 impl Double {
     fn run(&self, listener: &UnixListener) {
-        while self.wait([listener.as_raw_fd()]).is_some() {
+        while self.wait(|_| [listener.as_raw_fd()]).is_some() {
             let (control, _) = listener.accept().unwrap();
             self.serve(control);
         }
     }
 
-    /// Which of these can be read, or nothing when the test is over.
-    fn wait<const N: usize>(&self, descriptors: [i32; N]) -> Option<usize> {
+    /// Which of those that the script lets be looked at can be read, or nothing when the test is over.
+    fn wait<const N: usize>(&self, descriptors: impl Fn(&Script) -> [i32; N]) -> Option<usize> {
         loop {
-            if self.script.lock().unwrap().ended {
+            let script = self.script.lock().unwrap();
+            if script.ended {
                 return None;
             }
+            let descriptors = descriptors(&script);
+            drop(script);
             let soon = Instant::now() + Duration::from_millis(5);
             if let Some(ready) = sys::readable(descriptors, Some(soon)).unwrap() {
                 return Some(ready);
@@ -140,9 +143,9 @@ impl Double {
     fn serve(&self, mut control: UnixStream) {
         let mut data: Option<File> = None;
         loop {
-            let hanging = self.script.lock().unwrap().mode == Mode::Hang;
-            let data_fd = data.as_ref().filter(|_| !hanging).map_or(-1, AsRawFd::as_raw_fd);
-            let goes_on = match self.wait([control.as_raw_fd(), data_fd]) {
+            let data_fd = data.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+            let watched = |script: &Script| [control.as_raw_fd(), if script.mode == Mode::Hang { -1 } else { data_fd }];
+            let goes_on = match self.wait(watched) {
                 None => false,
                 Some(0) => self.control(&mut control, &mut data),
                 Some(_) => self.command(&mut data),
