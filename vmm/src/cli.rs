@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rackvisor::confinement::Allowed;
 use rackvisor::seccomp::Mode;
 use rackvisor_devices::ThreadSpawner;
 use tracing_subscriber::EnvFilter;
@@ -28,6 +29,13 @@ pub struct Cli {
     /// What happens to a thread that makes a system call which it is not meant to make.
     #[arg(long, global = true, value_name = "MODE", env = "RACKVISOR_SECCOMP", default_value = "on")]
     pub seccomp: Seccomp,
+    /// Let the process open nothing (Landlock) but this file or folder with all beneath it, what other such options name, and what
+    /// every VM needs. For disks, consoles and variables of firmware.
+    #[arg(long, global = true, value_name = "PATH")]
+    pub landlock: Vec<PathBuf>,
+    /// As --landlock, for reading only: kernel, initrd, firmware.
+    #[arg(long, global = true, value_name = "PATH")]
+    pub landlock_ro: Vec<PathBuf>,
     /// Where to log: stderr, file:PATH (opened anew after SIGHUP), journald or syslog.
     #[arg(long, global = true, value_name = "WHERE", default_value = "stderr")]
     pub log_to: Destination,
@@ -160,6 +168,25 @@ fn owner(text: &str) -> Result<Owner, String> {
 }
 
 impl Cli {
+    /// What the process may open, if the command line says so.
+    pub fn allowed(&self) -> Option<Allowed> {
+        let named = !self.landlock.is_empty() || !self.landlock_ro.is_empty();
+        let file = match &self.command {
+            Some(Command::Run { file }) => Some(file),
+            _ => self.serve.config.as_ref(),
+        };
+        let log = match &self.log_to {
+            Destination::File(path) => Some(path),
+            _ => None,
+        };
+        named.then(|| Allowed {
+            write: self.landlock.clone(),
+            read: self.landlock_ro.iter().chain(file).cloned().collect(),
+            logs: log.into_iter().chain(&self.serve.crash_report).cloned().collect(),
+            socket: self.serve.api_socket.clone(),
+        })
+    }
+
     /// Starts logging as the command line says, in a thread of `spawner`'s.
     ///
     /// # Errors
@@ -203,6 +230,18 @@ mod tests {
         assert!(Cli::try_parse_from(["rackvisor", "run", "vm.toml"]).is_ok());
         assert!(Cli::try_parse_from(["rackvisor", "run", "vm.toml", "--tpm", "state"]).is_ok());
         assert!(Cli::try_parse_from(["rackvisor", "doctor"]).is_ok());
+    }
+
+    #[test]
+    fn what_the_program_itself_opens_is_allowed_with_what_landlock_names() {
+        let parse = |more: &[&str]| Cli::try_parse_from([&["rackvisor", "--api-socket", "s"], more].concat()).unwrap();
+        assert!(parse(&["--config", "c"]).allowed().is_none());
+        let options =
+            ["--landlock", "a", "--landlock-ro", "b", "--config", "c", "--crash-report", "d", "--log-to", "file:e"];
+        let allowed = parse(&options).allowed().unwrap();
+        let paths = |names: &[&str]| names.iter().map(PathBuf::from).collect::<Vec<_>>();
+        assert_eq!((allowed.write, allowed.read), (paths(&["a"]), paths(&["b", "c"])));
+        assert_eq!((allowed.logs, allowed.socket), (paths(&["e", "d"]), Some("s".into())));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod assembly;
 pub mod boot;
+pub mod confinement;
 pub mod control;
 pub mod cpu;
 pub mod doctor;

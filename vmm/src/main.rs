@@ -8,7 +8,8 @@ mod swtpm;
 use std::process::ExitCode;
 
 use clap::Parser;
-use rackvisor::assembly::InheritedTaps;
+use rackvisor::assembly::{HostOptions, InheritedTaps};
+use rackvisor::confinement::Confinement;
 use rackvisor::seccomp::Filters;
 
 use crate::cli::{Cli, Command};
@@ -18,21 +19,22 @@ fn main() -> ExitCode {
     // Before anything is opened that could be taken for inherited.
     let inherited_taps = InheritedTaps::find();
     let cli = Cli::parse();
-    let (filters, log) = match prepare(&cli) {
+    let (confinement, filters, log) = match prepare(&cli) {
         Ok(prepared) => prepared,
         Err(error) => {
             eprintln!("rackvisor: {error}");
             return ExitCode::FAILURE;
         }
     };
+    let host = HostOptions { inherited_taps, confinement, ..HostOptions::default() };
     let outcome = match cli.command {
         Some(Command::Doctor) => {
             let report = rackvisor::doctor::examine();
             print!("{report}");
             return if report.fit { ExitCode::SUCCESS } else { ExitCode::from(serve::EXIT_UNFIT) };
         }
-        Some(Command::Run { file, tpm }) => serve::run(&file, tpm.as_deref(), &filters, inherited_taps),
-        None => serve::serve(&cli.serve, &filters, inherited_taps, log.reopen()),
+        Some(Command::Run { file, tpm }) => serve::run(&file, tpm.as_deref(), &filters, host),
+        None => serve::serve(&cli.serve, &filters, host, log.reopen()),
     };
     // What was logged comes before the last word.
     drop(log);
@@ -45,9 +47,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// The filters, and the log, whose thread is the first to have one.
-fn prepare(cli: &Cli) -> std::io::Result<(Filters, Log)> {
+/// What all threads have to keep to, of which that of the log is the first.
+fn prepare(cli: &Cli) -> Result<(Option<Confinement>, Filters, Log), Box<dyn std::error::Error>> {
+    let confinement = cli.allowed().as_ref().map(Confinement::enter).transpose()?;
     let filters = Filters::new(cli.seccomp.into())?;
     let log = cli.start_log(&filters)?;
-    Ok((filters, log))
+    Ok((confinement, filters, log))
 }

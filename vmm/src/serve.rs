@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use rackvisor::VmConfig;
-use rackvisor::assembly::{HostOptions, InheritedTaps, StdioHooks};
+use rackvisor::assembly::{HostOptions, StdioHooks};
 use rackvisor::control::{ControlLoop, LastWord, Lifetime, Mailbox, Message};
 use rackvisor::seccomp::{Filters, Policy};
 use rackvisor::telemetry::crash::report_panics;
@@ -29,14 +29,8 @@ pub const EXIT_UNFIT: u8 = 4;
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
 /// Serves the API until a signal ends the process. SIGHUP sets `reopen_log`.
-pub fn serve(
-    options: &Serve,
-    filters: &Filters,
-    inherited_taps: InheritedTaps,
-    reopen_log: Arc<AtomicBool>,
-) -> Outcome {
+pub fn serve(options: &Serve, filters: &Filters, host: HostOptions, reopen_log: Arc<AtomicBool>) -> Outcome {
     let config = options.config.as_deref().map(VmConfig::from_file).transpose()?;
-    let host = HostOptions { inherited_taps, ..HostOptions::default() };
     let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::Served, host)?;
     if let Some(file) = &options.crash_report {
         report_panics(file, control.handle().telemetry, filters)?;
@@ -78,7 +72,7 @@ fn listen(options: &Serve) -> Result<Server, Box<dyn std::error::Error>> {
 }
 
 /// Boots the VM of `file` with its console on this terminal, and ends with it. `tpm` is where the state of a TPM is that it gets besides.
-pub fn run(file: &Path, tpm: Option<&Path>, filters: &Filters, inherited_taps: InheritedTaps) -> Outcome {
+pub fn run(file: &Path, tpm: Option<&Path>, filters: &Filters, host: HostOptions) -> Outcome {
     let mut config = VmConfig::from_file(file)?;
     if tpm.is_some() && config.tpm.is_some() {
         return Err(SwtpmError::Twice.into());
@@ -95,7 +89,7 @@ pub fn run(file: &Path, tpm: Option<&Path>, filters: &Filters, inherited_taps: I
         }
     };
     let stdio = StdioHooks { escape: Some(Arc::new(leave)) };
-    let options = HostOptions { stdio, inherited_taps, ..HostOptions::default() };
+    let options = HostOptions { stdio, ..host };
     let mut control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::WithGuest, options)?;
     let _ = mailbox.set(control.handle().mailbox);
     control.end_on(signals(&[SIGTERM, SIGINT, SIGHUP])?);

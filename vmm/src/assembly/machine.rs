@@ -49,6 +49,9 @@ impl Machine {
     /// [`AssemblyError`]; everything is given back then.
     pub fn assemble(config: &VmConfig, host: &Host) -> Result<Self, AssemblyError> {
         let boot = config.boot.as_ref().ok_or_else(|| AssemblyError::Config(BootConfig::missing()))?;
+        if let Some(confinement) = &host.options.confinement {
+            confinement.check(config).map_err(AssemblyError::Config)?;
+        }
         let images = BootImages::open(boot)?;
         let kvm = kvm::open()?;
         let mut ram = Ram::new(&config.memory, &config.numa)?;

@@ -38,6 +38,7 @@ pub use self::tables::{Facts, Platform as Tables};
 pub use self::taps::{Claim, InheritedTaps, Taps};
 use crate::boot::BootError;
 use crate::boot::image::ImageError;
+use crate::confinement::Confinement;
 use crate::cpu::CpuError;
 use crate::cpu::vcpu::EventSink;
 use crate::kvm::KvmError;
@@ -52,6 +53,8 @@ pub struct HostOptions {
     pub inherited_taps: InheritedTaps,
     /// Disks that the program itself stores.
     pub disks: Option<Arc<dyn DiskStore>>,
+    /// The paths that VMs may name, if the process is confined.
+    pub confinement: Option<Confinement>,
 }
 
 /// What a machine needs of the process around it.
