@@ -2,7 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking, also in its helpers")]
 
-use rackvisor_tests::{Rackvisor, Swtpm, Tap, filtered_threads, linux, needs_kvm, skip, swtpm_is_missing, tell};
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+
+use rackvisor_tests::{
+    PATIENCE, Rackvisor, Swtpm, Tap, Tiny, eventually, filtered_threads, linux, needs_kvm, skip, swtpm_is_missing, tell,
+};
+use rustix::process::{Pid, Signal, kill_process};
 
 #[test]
 fn every_thread_of_a_vm_with_everything_is_under_a_filter() {
@@ -15,7 +22,7 @@ fn every_thread_of_a_vm_with_everything_is_under_a_filter() {
     let crash = logs.path().join("crash");
     let vmm = Rackvisor::start_with(&["--log-to", &log, "--crash-report", crash.to_str().unwrap()]);
     let tap = Tap::new();
-    std::fs::create_dir(vmm.path("tpm")).unwrap();
+    fs::create_dir(vmm.path("tpm")).unwrap();
     let swtpm = Swtpm::start(&vmm.path("tpm"));
     let mut config = linux();
     config.cpus.count = 2;
@@ -36,4 +43,38 @@ fn every_thread_of_a_vm_with_everything_is_under_a_filter() {
     }
     let unfiltered: Vec<_> = threads.iter().filter(|(_, filtered)| !filtered).collect();
     assert!(unfiltered.is_empty(), "{unfiltered:?}");
+}
+
+#[test]
+fn the_filter_of_the_log_lets_it_write_to_a_new_file_after_sighup() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    let vmm = Rackvisor::start_with(&["--log-to", &format!("file:{}", path.display())]);
+    fs::rename(&path, folder.path().join("old")).unwrap();
+    kill_process(Pid::from_raw(vmm.pid().cast_signed()).unwrap(), Signal::HUP).unwrap();
+    let config = Tiny::idle().config(&vmm.path(""));
+    eventually("the log is opened anew", || {
+        vmm.client.define(&config).unwrap();
+        vmm.client.forget().unwrap();
+        fs::read_to_string(&path).ok()
+    });
+}
+
+#[test]
+fn the_filter_of_the_log_lets_it_write_to_daemons() {
+    for (to, socket) in [("journald", "/run/systemd/journal/socket"), ("syslog", "/dev/log")] {
+        let socket = Path::new(socket);
+        if std::env::var_os("LAB").is_none() || socket.exists() {
+            return skip("only the lab has a place for another log daemon");
+        }
+        fs::create_dir_all(socket.parent().unwrap()).unwrap();
+        let daemon = UnixDatagram::bind(socket).unwrap();
+        daemon.set_read_timeout(Some(PATIENCE)).unwrap();
+        let vmm = Rackvisor::start_with(&["--log-to", to]);
+        vmm.client.define(&Tiny::idle().config(&vmm.path(""))).unwrap();
+        let mut line = [0; 512];
+        let length = daemon.recv(&mut line).unwrap();
+        fs::remove_file(socket).unwrap();
+        assert!(String::from_utf8_lossy(&line[..length]).contains("state changed"), "{to}");
+    }
 }

@@ -9,8 +9,9 @@ use std::thread;
 const PER_PROCESSOR: usize = 8;
 /// Bytes of a block that glibc takes from a thread's heap, and not from the kernel (M_MMAP_THRESHOLD, 128 KiB).
 const BLOCK: usize = 64 << 10;
-/// Blocks that are together more than what glibc leaves at the end of a heap (M_TRIM_THRESHOLD, 128 KiB).
-const BLOCKS: usize = 16;
+/// Blocks that are together more than what glibc leaves at the end of a heap (M_TRIM_THRESHOLD): 128 KiB, or twice the largest block
+/// that was taken from the kernel and given back since.
+const BLOCKS: usize = 64;
 
 /// Has glibc know what it would find out in whatever thread asks first, by opening files: how many heaps threads share, which is
 /// of interest to the ninth that allocates, and how the host counts memory, which is to the first heap that shrinks.
@@ -30,4 +31,11 @@ pub fn settle() -> io::Result<()> {
 /// Has the calling thread's heap grow, and shrink.
 pub(super) fn grow_and_shrink() {
     drop(black_box([(); BLOCKS].map(|()| Vec::<u8>::with_capacity(BLOCK))));
+}
+
+/// Has heaps shrink only by more than this many bytes from now on.
+#[cfg(test)]
+pub(super) fn keep(bytes: i32) {
+    // SAFETY: as above.
+    unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, bytes) };
 }

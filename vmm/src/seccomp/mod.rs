@@ -83,12 +83,16 @@ impl Filters {
             Mode::Log => SeccompAction::Log,
             Mode::Off => return Ok(Self { programs: None }),
         };
-        let programs = Arc::new(policy::compile(&mismatch, TargetArch::x86_64)?);
+        Self::with(policy::compile(&mismatch, TargetArch::x86_64)?, mode)
+    }
+
+    /// Prepares the process for these programs.
+    fn with(programs: BpfMap, mode: Mode) -> Result<Self, SeccompError> {
         heaps::settle().map_err(SeccompError::Heap)?;
         if mode == Mode::On {
             report::handle_violations().map_err(SeccompError::Handler)?;
         }
-        Ok(Self { programs: Some(programs) })
+        Ok(Self { programs: Some(Arc::new(programs)) })
     }
 
     /// Puts the calling thread, which is called `name`, under `policy` for the rest of its life, with all threads that it starts.

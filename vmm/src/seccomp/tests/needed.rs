@@ -7,8 +7,9 @@ use super::*;
 
 /// The files, one a line, that tests/calls wrote of the guest tests.
 const CALLS: &str = "RACKVISOR_SECCOMP_CALLS";
-/// What the comment of a rule begins with that no test can be relied on to need; the reason follows.
-const RARE: &str = "rare: ";
+/// What the comment of a rule begins with that no guest test can be made to need, or that threads need before they are under their
+/// own filters; the reason follows.
+const UNSEEN: &str = "unseen: ";
 
 /// A call that a thread made, with those of its arguments that were written down.
 #[derive(Debug)]
@@ -64,8 +65,8 @@ fn unneeded(name: &str, made: &[Made], lengths: &HashMap<&str, usize>) -> Vec<St
     let policies: Vec<_> = Policy::all().collect();
     let filters: Vec<_> = policies.iter().filter(own).map(|policy| lengths[policy.name()]).collect();
     let theirs: Vec<_> = made.iter().filter(|made| filters.contains(&made.filter)).collect();
-    let is_rare = |rule: &Value| rule["comment"].as_str().is_some_and(|comment| comment.starts_with(RARE));
-    let rules = policy::of_file(name).unwrap().into_iter().filter(|rule| !is_rare(rule));
+    let is_unseen = |rule: &Value| rule["comment"].as_str().is_some_and(|comment| comment.starts_with(UNSEEN));
+    let rules = policy::of_file(name).unwrap().into_iter().filter(|rule| !is_unseen(rule));
     let unneeded = rules.filter(|rule| !theirs.iter().any(|made| made.is_allowed_by(rule)));
     unneeded.map(|rule| format!("{name}.json: {rule}")).collect()
 }
