@@ -35,7 +35,7 @@ const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
 const STATISTICS: u16 = 2;
 
-const NUM_PAGES: u64 = 0;
+/// Offset of what the driver says that the balloon holds; what it is to hold comes before it (§5.5.4).
 const ACTUAL: u64 = 4;
 
 /// Most pages of a chain that are given back: Linux names 256, virtio-win 1024. To keep the others is always right.

@@ -17,7 +17,7 @@ pub fn play(data: &[u8]) {
     let (handle, metrics) = (device.handle(), device.metrics());
     Bench::new(device, input).play(input, |input, _| {
         handle.set_size(input.u64());
-        handle.held();
+        assert!(handle.held() <= u64::from(u32::MAX) * 4096);
         metrics.collect(&mut |_| ());
     });
 }

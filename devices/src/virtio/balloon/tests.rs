@@ -8,6 +8,8 @@ use super::*;
 use crate::PlainThreads;
 use crate::virtio::double::{Buffer, INDIRECT_DESC, RAM_BASE, RAM_SIZE, RecordedNotifier, TestDriver, UNMAPPED, Used};
 
+/// Offset of what the balloon is to hold.
+const NUM_PAGES: u64 = 0;
 const SOON: Duration = Duration::from_secs(20);
 const ALL: u64 = 1 << feature::STATS_VQ | 1 << feature::PAGE_REPORTING | INDIRECT_DESC;
 
@@ -226,10 +228,13 @@ fn a_hundred_thousand_chains_of_garbage_neither_stop_nor_break_the_balloon() {
         state ^= state << 17;
         state % limit
     };
-    let mut resets = 0;
-    for round in 0..100_000 / 16 {
+    let (mut resets, mut chains, mut round) = (0, 0, 0);
+    while chains < 100_000 {
         let queue = round % 5;
+        round += 1;
         let ring = bench.driver.ring(queue);
+        let batch = ring.size();
+        chains += u32::from(batch);
         let table = ring.addresses().0;
         for index in 0..ring.size() {
             let address = if random(200) == 0 { random(u64::MAX) } else { base + random(1 << 19) };
@@ -237,13 +242,13 @@ fn a_hundred_thousand_chains_of_garbage_neither_stop_nor_break_the_balloon() {
             let size = u64::from(ring.size());
             ring.write_descriptor(table, index, address, random(9000) as u32, flags as u16, random(size) as u16);
         }
-        for _ in 0..16 {
-            ring.push_available(random(16) as u16);
+        for _ in 0..batch {
+            ring.push_available(random(batch.into()) as u16);
         }
         ring.publish();
         ring.kick_always();
         let end = Instant::now() + SOON;
-        while bench.driver.ring(queue).used_index() != 16 && bench.driver.signals().reset_reasons().len() == resets {
+        while bench.driver.ring(queue).used_index() != batch && bench.driver.signals().reset_reasons().len() == resets {
             assert!(Instant::now() < end, "the balloon is stuck");
             // Statistics are kept until somebody looks.
             bench.device.metrics().collect(&mut |_| ());
