@@ -41,11 +41,18 @@ fn place(half: usize, slot: usize) -> usize {
     half * HALF + 1 + slot * RECORD
 }
 
-/// What the log says: the active half, the records that count in it, and its first free slot.
+/// What the log says: the active half, the slots and numbers of the records that count in it, and its first free slot.
 struct Log {
     half: usize,
-    valid: Vec<u32>,
+    valid: Vec<(usize, u32)>,
     free: usize,
+}
+
+impl Log {
+    /// The slot and number of the newest record.
+    fn newest(&self) -> Option<(usize, u32)> {
+        self.valid.iter().max_by_key(|(_, number)| *number).copied()
+    }
 }
 
 /// Reads the log. `None` if there is none yet.
@@ -61,7 +68,7 @@ fn read_log(vars: &[u8]) -> Option<Log> {
         if matches!(record[0], VALID | DELETED) {
             let number = u32::from_le_bytes(record[1..5].try_into().unwrap());
             assert_eq!(record[5..], content(number), "record {number} says that it is whole");
-            valid.push(number);
+            valid.push((slot, number));
         } else {
             assert_eq!(record[0], 0xff, "no state that was never written");
         }
@@ -102,13 +109,12 @@ fn play(folder: &Path) {
     let store = Box::new(FileStore(Arc::clone(&images.vars_file)));
     let mapping = Box::new(Arc::<Mapping>::default());
     let firmware = Firmware(Flash::new(images.vars, mapping, store, &PlainThreads, Arc::<Events>::default()).unwrap());
-    let (mut half, mut slot, mut number) = match read_log(&vars) {
-        Some(log) => (log.half, log.free, log.valid.iter().max().map_or(0, |last| last + 1)),
-        None => {
-            firmware.program(0..1, &[ACTIVE]);
-            (0, 0, 0)
-        }
-    };
+    let log = read_log(&vars).unwrap_or_else(|| {
+        firmware.program(0..1, &[ACTIVE]);
+        Log { half: 0, valid: Vec::new(), free: 0 }
+    });
+    let (mut half, mut slot, mut former) = (log.half, log.free, log.newest().map(|(slot, _)| slot));
+    let mut number = log.newest().map_or(0, |(_, last)| last + 1);
     loop {
         if slot == RECORDS {
             let other = 1 - half;
@@ -121,12 +127,12 @@ fn play(folder: &Path) {
             (half, slot) = (other, 0);
         } else {
             firmware.add(half, slot, number);
-            if slot > 0 {
-                firmware.program(place(half, slot - 1)..place(half, slot - 1) + 1, &[DELETED]);
+            if let Some(former) = former {
+                firmware.program(place(half, former)..place(half, former) + 1, &[DELETED]);
             }
         }
         println!("stored {number}");
-        (slot, number) = (slot + 1, number + 1);
+        (former, slot, number) = (Some(slot), slot + 1, number + 1);
     }
 }
 
@@ -167,7 +173,7 @@ fn firmware_that_is_killed_at_any_moment_finds_all_that_it_took_for_stored_and_n
         last = lines.filter_map(told).last().or(last);
 
         let log = read_log(&std::fs::read(folder.path().join("vars")).unwrap()).expect("there is a log");
-        let (newest, told) = (*log.valid.iter().max().unwrap(), last.unwrap());
+        let ((_, newest), told) = (log.newest().unwrap(), last.unwrap());
         assert!((told..=told + 1).contains(&newest), "kill {kill}: {told} was stored, {newest} is the newest");
         halves[log.half] += 1;
     }
