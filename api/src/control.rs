@@ -147,7 +147,7 @@ pub struct VmInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub serial_path: Option<PathBuf>,
-    /// The process id of the VMM.
+    /// The process id of the VMM, as it has it for itself: 1 in a jail (the jailer notes the one on the host).
     pub pid: u32,
     /// The version of the VMM.
     pub version: String,

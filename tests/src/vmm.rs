@@ -161,6 +161,13 @@ impl Rackvisor {
         self.jail.as_ref().map_or_else(|| self.process.id(), |jail| jail.vmm().unwrap())
     }
 
+    /// The process id that the VMM has for itself: 1 in a jail.
+    pub fn own_pid(&self) -> u32 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let ids = status.lines().find(|line| line.starts_with("NSpid:")).unwrap();
+        ids.split_whitespace().next_back().unwrap().parse().unwrap()
+    }
+
     /// Its jail.
     ///
     /// # Panics

@@ -37,7 +37,7 @@ fn a_guest_reboots_twenty_times_in_one_process_that_does_not_grow() {
     }
     guest.read_until("@@RV-END status=0@@");
     let vm = vmm.client.describe().unwrap();
-    assert_eq!((vm.state, vm.resets, vm.pid), (VmState::Running, 20, vmm.pid()));
+    assert_eq!((vm.state, vm.resets, vm.pid), (VmState::Running, 20, vmm.own_pid()));
     assert_nothing_more(vmm.pid(), &census);
     let resets =
         vmm.client.events(Some(0), false).unwrap().filter(|e| e.as_ref().unwrap().what == EventKind::GuestReset);
