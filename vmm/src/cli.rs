@@ -172,7 +172,7 @@ impl Cli {
     pub fn allowed(&self) -> Option<Allowed> {
         let named = !self.landlock.is_empty() || !self.landlock_ro.is_empty();
         let file = match &self.command {
-            Some(Command::Run { file }) => Some(file),
+            Some(Command::Run { file, .. }) => Some(file),
             _ => self.serve.config.as_ref(),
         };
         let log = match &self.log_to {
