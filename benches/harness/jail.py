@@ -181,7 +181,9 @@ def main():
     parser.add_argument("--rackvisor", required=True, help="with rackvisor-jailer beside it")
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="rackvisor-bench-files.", dir="/dev/shm") as folder:
+    # Sockets and the jailer's folder as well: those of a host are below /run.
+    tempfile.tempdir = "/dev/shm"
+    with tempfile.TemporaryDirectory(prefix="rackvisor-bench-files.") as folder:
         guest = prepare(folder, options.rackvisor)
         program = os.path.join(folder, "rackvisor")
         ours = [
