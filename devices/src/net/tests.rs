@@ -27,7 +27,7 @@ use super::*;
 use crate::PlainThreads;
 use crate::limiter::{Limits, Rate};
 use crate::metrics::Value;
-use crate::virtio::double::{Buffer, RecordedNotifier, TestDriver, Used};
+use crate::virtio::double::{Buffer, RecordedNotifier, TestDriver, Used, stop_within};
 use crate::virtio::{StoppedQueue, VirtioDevice};
 
 /// Long enough for a busy machine; only failing tests wait so long.
@@ -148,14 +148,7 @@ impl Card {
     }
 
     fn stop(&mut self) -> Vec<StoppedQueue> {
-        let end = Instant::now() + SOON;
-        loop {
-            match self.device.stop() {
-                Ok(queues) => return queues,
-                Err(busy) => assert!(Instant::now() < end, "{busy}"),
-            }
-            std::thread::yield_now();
-        }
+        stop_within(&mut self.device, SOON)
     }
 
     fn resume(&mut self, stopped: &[StoppedQueue]) {

@@ -29,13 +29,14 @@ pub(crate) mod windows;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use virtio_queue::Queue;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 pub use self::ring::{Buffer, TestRing, Used};
 pub use self::signals::{RecordedNotifier, RecordedSignals};
-use super::{Activation, ActiveQueue, StoppedQueue};
+use super::{Activation, ActiveQueue, StoppedQueue, VirtioDevice};
 use crate::GuestMemory;
 
 /// Guest-physical address of the first byte of RAM.
@@ -183,6 +184,21 @@ impl TestDriver {
 
     fn activate(&self, features: u64, queues: Vec<ActiveQueue>) -> Activation {
         Activation { features: features | VERSION_1, memory: self.memory(), queues, signals: self.signals.clone() }
+    }
+}
+
+/// Stops a device; gives the positions of its queues.
+///
+/// # Panics
+/// If it is still busy after `patience`.
+pub fn stop_within(device: &mut dyn VirtioDevice, patience: Duration) -> Vec<StoppedQueue> {
+    let end = Instant::now() + patience;
+    loop {
+        match device.stop() {
+            Ok(queues) => return queues,
+            Err(busy) => assert!(Instant::now() < end, "{busy}"),
+        }
+        std::thread::yield_now();
     }
 }
 

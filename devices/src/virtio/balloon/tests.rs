@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::PlainThreads;
-use crate::virtio::double::{Buffer, INDIRECT_DESC, RAM_BASE, RAM_SIZE, RecordedNotifier, TestDriver, UNMAPPED, Used};
+use crate::virtio::double::{
+    Buffer, INDIRECT_DESC, RAM_BASE, RAM_SIZE, RecordedNotifier, TestDriver, UNMAPPED, Used, stop_within,
+};
 
 /// Offset of what the balloon is to hold.
 const NUM_PAGES: u64 = 0;
@@ -71,14 +73,7 @@ impl Bench {
     }
 
     fn stop(&mut self) -> Vec<StoppedQueue> {
-        let end = Instant::now() + SOON;
-        loop {
-            match self.device.stop() {
-                Ok(queues) => return queues,
-                Err(busy) => assert!(Instant::now() < end, "{busy}"),
-            }
-            std::thread::yield_now();
-        }
+        stop_within(&mut self.device, SOON)
     }
 }
 
