@@ -35,10 +35,11 @@ pub fn serve(options: &Serve, filters: &Filters, host: HostOptions, reopen_log: 
     if let Some(file) = &options.crash_report {
         report_panics(file, control.handle().telemetry, filters)?;
     }
-    let server = listen(options)?;
+    // Before anybody can connect, who then sends one: it would end the process as if it had crashed.
     control.end_on(signals(&[SIGTERM, SIGINT])?);
     // Also for the sake of a terminal that goes away, which must not take the VM along.
     signal_hook::flag::register(SIGHUP, reopen_log)?;
+    let server = listen(options)?;
     if let Some(config) = config {
         control.start_with(config, options.boot);
     }
