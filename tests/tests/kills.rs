@@ -23,7 +23,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use tempfile::TempDir;
 
 /// How often a VM is killed where nobody says how often.
-const KILLS: usize = 4;
+const KILLS: usize = 2;
 /// Each so many-th VM starts by firmware.
 const FIRMWARE: usize = 4;
 /// Records on the disk; the next one takes the place of the oldest.
