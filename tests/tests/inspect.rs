@@ -2,8 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking, also in its helpers")]
 
+use rackvisor_api::config::{BalloonConfig, BalloonPatch, Patch, VmPatch};
 use rackvisor_api::size::ByteSize;
-use rackvisor_tests::{Rackvisor, linux, needs_kvm};
+use rackvisor_tests::{Rackvisor, Tap, eventually, linux, needs_kvm};
 use serde_json::Value;
 
 fn number(text: &str) -> u64 {
@@ -53,4 +54,45 @@ fn the_tree_shows_memory_devices_and_interrupts_as_the_guest_has_them() {
 
     assert_eq!(part("vcpus/0/running"), true);
     assert_eq!(part("control/state"), "running");
+}
+
+#[test]
+fn the_tree_shows_how_far_every_queue_is_while_the_guest_works() {
+    needs_kvm!();
+    let tap = Tap::new();
+    let vmm = Rackvisor::start();
+    let mut config = linux();
+    config.boot.as_mut().unwrap().cmdline += &tap.cmdline();
+    config.disks = vec![vmm.image("data", &[0; 1 << 20])];
+    config.nics = vec![tap.nic()];
+    config.balloon = Some(BalloonConfig::default());
+    let mut guest = vmm.boot_linux(&config);
+
+    let queue = |place: &str| vmm.client.inspect(&format!("devices/{place}")).unwrap();
+    let index = |queue: &Value, name: &str| u16::try_from(queue[name].as_u64().unwrap()).unwrap();
+    let used = |place: &str| index(&queue(place), "next_used");
+    let disk = queue("data/queues/0");
+    let [sent, received] = ["net0/queues/1", "net0/queues/0"].map(used);
+    let random = used("rng/queues/0");
+    let balloon = used("balloon/queues/0");
+
+    guest.ok("dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null");
+    // The guest has its answer when the index is in its memory, and the worker says so after that.
+    let now = eventually("the disk is at rest", || {
+        let now = queue("data/queues/0");
+        (now["in_flight"] == 0 && index(&now, "next_used") == index(&disk, "next_used").wrapping_add(16)).then_some(now)
+    });
+    assert_eq!(index(&now, "next_avail"), index(&disk, "next_avail").wrapping_add(16));
+
+    guest.ok(&format!("ping -c 3 {}", tap.host()));
+    eventually("frames are counted", || {
+        let [now_sent, now_received] = ["net0/queues/1", "net0/queues/0"].map(used);
+        (now_sent.wrapping_sub(sent) >= 3 && now_received.wrapping_sub(received) >= 3).then_some(())
+    });
+    guest.ok("dd if=/dev/hwrng of=/dev/null bs=64 count=16 2>/dev/null");
+    assert_ne!(used("rng/queues/0"), random);
+    let patch = VmPatch { balloon: Patch::Set(BalloonPatch::size(ByteSize::mib(64))), ..VmPatch::default() };
+    vmm.client.patch(&patch).unwrap();
+    eventually("the guest inflates", || (used("balloon/queues/0") != balloon).then_some(()));
+    assert_eq!(vmm.client.inspect("control/state").unwrap(), "running", "no device has stopped for that");
 }

@@ -65,6 +65,8 @@ fn pass_a_hundred_megabytes(vhost: bool) {
     guest.ok(&format!("ping -c 3 {}", tap.host()));
     if vhost {
         await_vhost(&vmm, true);
+        let at = vmm.client.inspect("devices/net0/queues/0/next_used").unwrap();
+        assert!(at.is_null(), "where the kernel is nobody knows, and nobody is told {at}");
     }
 
     let data = noise(5, AMOUNT);

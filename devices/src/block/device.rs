@@ -296,7 +296,8 @@ impl VirtioBlock {
         let bad = |reason: String| StartError::Queue { index: active.index, reason };
         let size = self.sizes.get(usize::from(active.index)).ok_or_else(|| bad("the disk has no such queue".into()))?;
         let queue = virtio_queue::Queue::try_from(active.queue.state()).map_err(|error| bad(error.to_string()))?;
-        let ring = Ring::new(queue, indirect, &memory.memory()).map_err(|error| bad(error.to_string()))?;
+        let positions = Arc::clone(&active.positions);
+        let ring = Ring::new(queue, positions, indirect, &memory.memory()).map_err(|error| bad(error.to_string()))?;
         if ring.size() > *size {
             return Err(bad(format!("{} descriptors where {size} are possible", ring.size())));
         }

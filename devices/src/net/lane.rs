@@ -28,8 +28,8 @@ pub(super) struct Lane {
 impl Lane {
     /// Goes on where `queue` stands. `indirect`: whether the driver negotiated INDIRECT_DESC.
     pub(super) fn new(queue: ActiveQueue, indirect: bool, memory: &GuestMemoryMmap) -> Result<Self, StartError> {
-        let ActiveQueue { index, queue, kick, interrupt } = queue;
-        match Ring::new(queue, indirect, memory) {
+        let ActiveQueue { index, queue, positions, kick, interrupt } = queue;
+        match Ring::new(queue, positions, indirect, memory) {
             Ok(ring) => Ok(Self { index, ring, kick, interrupt, frames: 0, since: None, due: None }),
             Err(error) => Err(StartError::Queue { index, reason: error.to_string() }),
         }

@@ -224,6 +224,8 @@ impl Path {
         self.release(counters);
         let (Some(rx), Some(tx)) = (&self.rx, &self.tx) else { return Ok(()) };
         vhost.start(self.features, memory, [&rx.lane, &tx.lane], tap)?;
+        rx.lane.ring.give_away();
+        tx.lane.ring.give_away();
         self.unwatch(watches, tap);
         Ok(())
     }

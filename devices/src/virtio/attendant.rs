@@ -143,8 +143,8 @@ impl Attendant {
         }
         let indirect = activation.has(RING_INDIRECT_DESC);
         let Activation { features, memory, queues, signals } = activation;
-        let queues = queues.into_iter().map(|ActiveQueue { index, queue, kick, interrupt }| {
-            let ring = Ring::new(queue, indirect, &memory.memory())
+        let queues = queues.into_iter().map(|ActiveQueue { index, queue, positions, kick, interrupt }| {
+            let ring = Ring::new(queue, positions, indirect, &memory.memory())
                 .map_err(|error| StartError::Queue { index, reason: error.to_string() })?;
             Ok(QueueAtWork {
                 index,

@@ -9,6 +9,7 @@ pub mod balloon;
 #[cfg(any(test, feature = "test-double"))]
 pub mod double;
 pub mod pci;
+mod positions;
 pub mod ring;
 pub mod rng;
 
@@ -20,6 +21,7 @@ use virtio_queue::{Queue, QueueState};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::attendant::WorkerError;
+pub use self::positions::{Position, Positions};
 use crate::GuestMemory;
 use crate::interrupt::QueueInterrupt;
 use crate::metrics::MetricSource;
@@ -45,6 +47,8 @@ pub struct ActiveQueue {
     pub index: u16,
     /// The ring, positioned where it stopped last time.
     pub queue: Queue,
+    /// Where the worker says how far it is.
+    pub positions: Arc<Positions>,
     /// Signalled when the driver kicks this queue. Non-blocking.
     pub kick: EventFd,
     /// Interrupts the driver for this queue.

@@ -7,12 +7,15 @@
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::Positions;
 
 const DESCRIPTOR_SIZE: u64 = 16;
 const USED_F_NO_NOTIFY: u16 = 1;
@@ -127,6 +130,7 @@ impl Chain {
 #[derive(Debug)]
 pub struct Ring {
     queue: Queue,
+    positions: Arc<Positions>,
     size: u16,
     descriptors: u64,
     available: u64,
@@ -148,11 +152,12 @@ pub struct Ring {
 type Result<T> = std::result::Result<T, RingError>;
 
 impl Ring {
-    /// Works on `queue` from where it stopped. `indirect`: whether the driver negotiated INDIRECT_DESC.
+    /// Works on `queue` from where it stopped, and tells `positions` how far it is. `indirect`: whether the driver negotiated
+    /// INDIRECT_DESC.
     ///
     /// # Errors
     /// [`RingError::RingUnmapped`] if the queue is not ready or its rings are not all in RAM.
-    pub fn new(queue: Queue, indirect: bool, memory: &GuestMemoryMmap) -> Result<Self> {
+    pub fn new(queue: Queue, positions: Arc<Positions>, indirect: bool, memory: &GuestMemoryMmap) -> Result<Self> {
         if !queue.is_valid(memory) {
             return Err(RingError::RingUnmapped);
         }
@@ -171,6 +176,7 @@ impl Ring {
             told: next_used,
             kicks_wanted: true,
             queue,
+            positions,
         })
     }
 
@@ -232,6 +238,11 @@ impl Ring {
         self.next_available = self.next_available.wrapping_sub(count);
     }
 
+    /// Somebody else has the ring from now on, until [`Ring::resync`].
+    pub fn give_away(&self) {
+        self.positions.hide();
+    }
+
     /// Goes on from the used index in memory, after somebody else had the ring who left nothing in flight: what was taken and
     /// not used is taken again.
     ///
@@ -243,6 +254,7 @@ impl Ring {
         (self.next_used, self.shown, self.told) = (used, used, used);
         // Unknown, so the next wish for kicks is written down.
         self.kicks_wanted = false;
+        self.tell_position();
         Ok(())
     }
 
@@ -253,7 +265,13 @@ impl Ring {
             return Err(RingError::AvailableIndex { index, next: self.next_available, size: self.size });
         }
         self.available_index = index;
+        self.tell_position();
         Ok(())
+    }
+
+    /// Once before chains are taken and once after they are used is often enough for who looks on.
+    fn tell_position(&self) {
+        self.positions.show(self.next_available, self.shown);
     }
 
     /// Walks the chain at `head` into `chain`. Descriptors of length 0 count but give no segment.
@@ -335,6 +353,7 @@ impl Ring {
         if self.shown != self.next_used {
             self.store(memory, self.used + 2, self.next_used, Ordering::Release)?;
             self.shown = self.next_used;
+            self.tell_position();
         }
         Ok(())
     }

@@ -8,6 +8,8 @@ use std::fs;
 use rackvisor_api::config::{VmConfig, slot_assignment};
 use rackvisor_devices::metrics::{MetricSource, Value as Metric};
 use rackvisor_devices::pci::msix::{MsixView, VectorView};
+use rackvisor_devices::virtio::Position;
+use rackvisor_devices::virtio::pci::{QueueView, TransportView};
 use serde_json::{Map, Value, json};
 
 use super::{Live, ProcessMetrics, Telemetry, process};
@@ -88,12 +90,22 @@ fn interrupts(msix: &MsixView) -> Value {
     json!({ "enabled": msix.enabled, "masked": msix.function_masked, "vectors": vectors })
 }
 
+fn queue(queue: &QueueView) -> Value {
+    let at = queue.positions.get();
+    json!({
+        "size": queue.size,
+        "enabled": queue.enabled,
+        "next_avail": at.map(|at| at.next_avail),
+        "next_used": at.map(|at| at.next_used),
+        "in_flight": at.map(Position::in_flight),
+    })
+}
+
 fn devices(live: &Live) -> Value {
     let slots = live.config.as_deref().and_then(|config: &VmConfig| slot_assignment(config).ok()).unwrap_or_default();
-    let device = |view: &rackvisor_devices::virtio::pci::TransportView| {
+    let device = |view: &TransportView| {
         let slot = slots.iter().find(|(id, _)| id == view.id()).map(|(_, slot)| format!("0000:00:{slot:02x}.0"));
         let state = view.state();
-        let queue = |queue: &rackvisor_devices::virtio::pci::QueueView| json!({ "size": queue.size, "enabled": queue.enabled, "next_avail": queue.next_avail, "next_used": queue.next_used });
         let shown = json!({
             "pci": slot,
             "command": format!("{:#x}", view.command()),

@@ -135,6 +135,7 @@ impl TestRing {
         ActiveQueue {
             index: u16::try_from(index).expect("few queues"),
             queue,
+            positions: Arc::default(),
             kick: self.kick.try_clone().expect("descriptors are left"),
             interrupt: QueueInterrupt::new(Some(Arc::clone(&self.vector))),
         }

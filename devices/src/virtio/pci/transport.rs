@@ -25,7 +25,9 @@ use super::view::{QueueView, TransportState};
 use crate::GuestMemory;
 use crate::interrupt::{NO_VECTOR, QueueInterrupt};
 use crate::pci::msix::MsixTable;
-use crate::virtio::{Activation, ActiveQueue, StartError, StillBusy, StoppedQueue, TransportSignals, VirtioDevice};
+use crate::virtio::{
+    Activation, ActiveQueue, Positions, StartError, StillBusy, StoppedQueue, TransportSignals, VirtioDevice,
+};
 
 /// Device status bits (§2.1).
 pub(super) mod status {
@@ -107,18 +109,31 @@ struct QueueRegisters {
     device: u64,
     next_avail: u16,
     next_used: u16,
+    positions: Arc<Positions>,
     interrupt: QueueInterrupt,
     kick: Arc<EventFd>,
 }
 
 impl QueueRegisters {
     fn reset(&mut self) {
-        let Self { max_size, size, enabled, descriptors, driver, device, next_avail, next_used, interrupt, kick } =
-            self;
+        let Self {
+            max_size,
+            size,
+            enabled,
+            descriptors,
+            driver,
+            device,
+            next_avail,
+            next_used,
+            positions,
+            interrupt,
+            kick,
+        } = self;
         *size = *max_size;
         *enabled = false;
         (*descriptors, *driver, *device) = (0, 0, 0);
         (*next_avail, *next_used) = (0, 0);
+        positions.show(0, 0);
         interrupt.choose(NO_VECTOR);
         // A kick for the former driver means nothing to the next one.
         let _ = kick.read();
@@ -194,6 +209,7 @@ impl Transport {
             device: 0,
             next_avail: 0,
             next_used: 0,
+            positions: Arc::default(),
             interrupt: QueueInterrupt::among(Arc::clone(wiring.signals.vectors())),
             kick: Arc::clone(kick),
         });
@@ -220,8 +236,7 @@ impl Transport {
         let queue = |queue: &QueueRegisters| QueueView {
             size: queue.size,
             enabled: queue.enabled,
-            next_avail: queue.next_avail,
-            next_used: queue.next_used,
+            positions: Arc::clone(&queue.positions),
         };
         self.wiring.metrics.shown.show(TransportState {
             phase: self.phase.name(),
@@ -353,6 +368,8 @@ impl Transport {
                 for StoppedQueue { index, state } in stopped {
                     if let Some(queue) = self.queues.get_mut(usize::from(index)) {
                         (queue.next_avail, queue.next_used) = (state.next_avail, state.next_used);
+                        // Chains that a worker gave back untouched count no more.
+                        queue.positions.show(state.next_avail, state.next_used);
                     }
                 }
                 self.phase = Phase::Parked;
@@ -390,6 +407,7 @@ impl Transport {
             queues.push(ActiveQueue {
                 index,
                 queue,
+                positions: Arc::clone(&registers.positions),
                 kick: registers.kick.try_clone()?,
                 interrupt: registers.interrupt.clone(),
             });

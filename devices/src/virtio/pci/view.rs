@@ -8,9 +8,10 @@ use super::layout::BAR;
 use crate::metrics::MetricSource;
 use crate::pci::config::{COMMAND, ConfigSpace};
 use crate::pci::msix::MsixView;
+use crate::virtio::Positions;
 
 /// A transport as it was when it last changed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct TransportState {
     /// `stopped`, `running`, `stopping`, `parked` or `resetting`.
     pub phase: &'static str,
@@ -22,17 +23,15 @@ pub struct TransportState {
     pub queues: Vec<QueueView>,
 }
 
-/// A queue as it was when its transport last changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A queue as it was when its transport last changed, and where it stands now.
+#[derive(Debug, Clone)]
 pub struct QueueView {
     /// Entries, as the driver chose.
     pub size: u16,
     /// Whether the driver enabled it.
     pub enabled: bool,
-    /// Where the available ring was read up to when the device last stopped.
-    pub next_avail: u16,
-    /// Where the used ring was written up to when the device last stopped.
-    pub next_used: u16,
+    /// Where it stands.
+    pub positions: Arc<Positions>,
 }
 
 /// The place where a transport leaves its state: a copy, locked only to be replaced or copied.

@@ -12,7 +12,8 @@ const INDIRECT: u16 = 4;
 fn ring(driver: &mut TestDriver, features: u64) -> Ring {
     let memory = driver.memory();
     let mut activation = driver.activation(features);
-    Ring::new(activation.queues.remove(0).queue, features & INDIRECT_DESC != 0, &memory.memory()).unwrap()
+    let active = activation.queues.remove(0);
+    Ring::new(active.queue, active.positions, features & INDIRECT_DESC != 0, &memory.memory()).unwrap()
 }
 
 /// Makes head 0 available and walks it.
@@ -191,4 +192,26 @@ fn the_driver_kicks_only_while_the_device_asks_for_it_and_no_chain_is_missed() {
         assert_eq!(ring.enable_kicks(&memory), Ok(false));
         assert!(add(&mut driver), "the device sleeps");
     }
+}
+
+#[test]
+fn who_looks_on_sees_what_is_taken_and_used_but_nothing_while_somebody_else_has_the_ring() {
+    let mut driver = TestDriver::new(&[4]);
+    let at = driver.allocate(64, 16);
+    let mut ring = ring(&mut driver, 0);
+    let memory = driver.memory();
+    let memory = memory.memory();
+    let positions = Arc::clone(&ring.positions);
+    let seen = || positions.get().map(|at| (at.next_avail, at.next_used, at.in_flight()));
+    let heads = [0, 1].map(|_| driver.ring(0).add(&[Buffer::writable(at, 8)]));
+    while ring.next_head(&memory).unwrap().is_some() {}
+    assert_eq!(seen(), Some((2, 0, 2)), "a worker that found all takes no more before it waits");
+    ring.put_used(&memory, heads[0], 8).unwrap();
+    assert_eq!(seen(), Some((2, 0, 2)), "the driver does not see it yet");
+    ring.publish(&memory).unwrap();
+    assert_eq!(seen(), Some((2, 1, 1)));
+    ring.give_away();
+    assert_eq!(seen(), None);
+    ring.resync(&memory).unwrap();
+    assert_eq!(seen(), Some((1, 1, 0)));
 }
