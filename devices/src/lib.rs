@@ -23,6 +23,7 @@ pub mod pages;
 pub mod pci;
 mod scheduling;
 pub mod smbios;
+mod socket;
 mod syscall;
 pub mod throttle;
 pub mod tpm;

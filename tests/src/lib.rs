@@ -19,6 +19,7 @@ mod laps;
 mod linux;
 mod node;
 mod pairwise;
+mod pr_helper;
 mod process;
 mod programs;
 mod san;
@@ -48,6 +49,7 @@ pub use linux::{
 };
 pub use node::{Node, nodes};
 pub use pairwise::pairwise;
+pub use pr_helper::PrHelper;
 pub use process::{Census, Mappings, assert_nothing_more, filtered_threads};
 pub use programs::{good, output, rackctl};
 pub use san::{San, san_is_missing};

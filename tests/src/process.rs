@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::PATIENCE;
+use crate::{PATIENCE, eventually};
 
 /// The threads and descriptors of a process, by what they are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +109,13 @@ impl fmt::Display for Mappings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} mappings, {} MiB", self.count, self.virtual_kib >> 10)
     }
+}
+
+/// Waits until somebody listens on a Unix socket, which exists a moment before: the kernel shows that it accepts.
+pub(crate) fn await_listener(socket: &Path) {
+    let accepts =
+        |line: &str| line.ends_with(socket.to_str().unwrap()) && line.split_whitespace().nth(3) == Some("00010000");
+    eventually("somebody listens", || fs::read_to_string("/proc/net/unix").unwrap().lines().any(accepts).then_some(()));
 }
 
 #[cfg(test)]

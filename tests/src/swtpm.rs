@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use rackvisor_api::config::TpmConfig;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::eventually;
+use crate::process::await_listener;
 
 /// Why there can be no TPM here.
 pub fn swtpm_is_missing() -> Option<&'static str> {
@@ -49,12 +49,7 @@ impl Swtpm {
         let mut command = Command::new("swtpm");
         command.args(["socket", "--tpm2", "--tpmstate", &state, "--ctrl", &control]);
         let process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // It exists a moment before somebody listens: the kernel shows that it accepts.
-        let accepts =
-            |line: &str| line.ends_with(socket.to_str().unwrap()) && line.split_whitespace().nth(3) == Some("00010000");
-        eventually("swtpm listens", || {
-            fs::read_to_string("/proc/net/unix").unwrap().lines().any(accepts).then_some(())
-        });
+        await_listener(&socket);
         process
     }
 

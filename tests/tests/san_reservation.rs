@@ -19,7 +19,9 @@ use rackvisor_api::config::{DiskConfig, ReservationConfig};
 use rackvisor_api::events::EventKind;
 use rackvisor_api::problem::{Code, Problem};
 use rackvisor_api::state::{Action, VmState};
-use rackvisor_tests::{Rackvisor, San, Tiny, assert_same_bytes, eventually, linux, needs_san};
+use rackvisor_tests::{
+    Jail, PrHelper, Rackvisor, San, Tiny, assert_same_bytes, eventually, guest_folder, linux, needs_jail, needs_san,
+};
 
 /// Keys of the two hosts.
 const ONE: &str = "0xa1";
@@ -87,7 +89,7 @@ fn persist(device: &Path, arguments: &[&str]) -> String {
 }
 
 fn reservation(key: &str, preempt: bool) -> ReservationConfig {
-    ReservationConfig { key: key.parse().unwrap(), preempt }
+    ReservationConfig { key: key.parse().unwrap(), preempt, helper: None }
 }
 
 fn idle(folder: &Path, disk: DiskConfig) -> VmConfig {
@@ -189,8 +191,52 @@ fn the_host_that_is_preempted_writes_not_one_more_byte_and_its_vm_ends_with_the_
     needs_san!();
     let lun = Lun::take();
     let (first, second) = (Rackvisor::start(), Rackvisor::start());
+    fail_over(&lun, [&first, &second], [lun.disk(ONE), lun.disk(TWO)]);
+}
+
+#[test]
+fn a_jailed_vm_without_capabilities_has_a_helper_reserve_its_lun_and_take_it_over() {
+    needs_san!();
+    needs_jail!();
+    let lun = Lun::take();
+    let mut helpers = [PrHelper::new(), PrHelper::new()];
+    let disks = [0, 1].map(|host| by_helper(lun.disk([ONE, TWO][host]), &helpers[host]));
+    let guest = guest_folder();
+    let [first, second] = [0, 1].map(|host| {
+        let [lun, guest] = [&disks[host].path, &guest].map(|path| path.to_str().unwrap());
+        let options = ["--device", lun, "--share-ro", guest, "--share-ro", helpers[host].folder()];
+        Rackvisor::start_jailed(Jail::new(), &options, &[])
+    });
+    let status = fs::read_to_string(format!("/proc/{}/status", first.pid())).unwrap();
+    assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
+    fail_over(&lun, [&first, &second], disks.clone());
+
+    // It looks after the reservation again when the helper is back, and a VM without one does not start.
+    boot(&second, disks[1].clone());
+    helpers[1].kill();
+    let unknown = "cannot tell whether the disk is still reserved";
+    eventually("it says so", || second.log().contains(unknown).then_some(()));
+    helpers[1].start_again();
+    eventually("it looks again", || helpers[1].is_connected().then_some(()));
+    let problem = refused(&first, disks[0].clone());
+    assert_eq!(problem.code, Code::InUse);
+    assert_eq!(second.client.act(Action::Shutdown).unwrap().state, VmState::Stopped);
+    assert!(lun.keys().is_empty() && lun.has_no_reservation());
+    helpers[1].kill();
+    let problem = refused(&second, disks[1].clone());
+    assert!(problem.detail.contains(helpers[1].folder()) && problem.detail.contains("start qemu-pr-helper"));
+}
+
+fn by_helper(disk: DiskConfig, helper: &PrHelper) -> DiskConfig {
+    let reservation =
+        disk.reservation.map(|reservation| ReservationConfig { helper: Some(helper.socket()), ..reservation });
+    DiskConfig { reservation, ..disk }
+}
+
+/// The VM of the first host writes its LUN, and the second host takes it.
+fn fail_over(lun: &Lun, [first, second]: [&Rackvisor; 2], [one, two]: [DiskConfig; 2]) {
     let mut config = linux();
-    config.disks = vec![lun.disk(ONE)];
+    config.disks = vec![one];
     let mut guest = first.boot_linux(&config);
     // Each lap writes its number all over the first 4 MiB.
     guest.send(
@@ -199,7 +245,10 @@ fn the_host_that_is_preempted_writes_not_one_more_byte_and_its_vm_ends_with_the_
     let written = || first.client.disk("root").unwrap().counters.written_bytes;
     eventually("the guest writes", || (written() > 8 << 20).then_some(()));
 
-    boot(&second, DiskConfig { reservation: Some(reservation(TWO, true)), ..lun.disk(TWO) });
+    assert_eq!(lun.keys(), [ONE, ONE], "a key for each path");
+    assert_eq!(refused(second, two.clone()).code, Code::InUse);
+    let taking = two.reservation.clone().map(|reservation| ReservationConfig { preempt: true, ..reservation });
+    boot(second, DiskConfig { reservation: taking, ..two });
     let taken = lun.snapshot();
     assert_eq!(lun.keys(), [TWO, TWO]);
     let vm = first.wait_for(VmState::Crashed);

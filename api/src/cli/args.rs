@@ -214,6 +214,9 @@ pub struct DiskOptions {
     /// Take the LUN away from the host that has it
     #[arg(long, requires = "reservation")]
     pub preempt: bool,
+    /// The socket of a qemu-pr-helper that makes the reservation, where the VMM lacks the privileges
+    #[arg(long, value_name = "SOCKET", requires = "reservation")]
+    pub reservation_helper: Option<PathBuf>,
     /// What happens when the host reports an I/O error
     #[arg(long, value_parser = one_of::<OnError>(&["report", "stop", "enospc"]))]
     pub on_error: Option<OnError>,

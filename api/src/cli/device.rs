@@ -79,7 +79,11 @@ fn property<T: Clone>(value: &Option<T>, name: &str, unset: &[String]) -> Patch<
 }
 
 fn disk_patch(options: &DiskOptions, unset: &[String]) -> DiskPatch {
-    let reservation = options.reservation.map(|key| ReservationConfig { key, preempt: options.preempt });
+    let reservation = options.reservation.map(|key| ReservationConfig {
+        key,
+        preempt: options.preempt,
+        helper: options.reservation_helper.clone(),
+    });
     DiskPatch {
         path: Patch::Keep,
         read_only: property(&options.read_only, "read_only", unset),

@@ -2,7 +2,9 @@
 
 use comfy_table::{Table, presets};
 use rackvisor_api::ByteSize;
-use rackvisor_api::config::{DiskGroup, Limits, Link, NicConfig, NicLimits, OnReboot, SerialMode, VmConfig};
+use rackvisor_api::config::{
+    DiskGroup, Limits, Link, NicConfig, NicLimits, OnReboot, ReservationConfig, SerialMode, VmConfig,
+};
 use rackvisor_api::control::{DeviceState, DiskInfo, NicInfo, VmInfo};
 use rackvisor_api::events::{Event, EventKind, GuestPanic};
 use serde::Serialize;
@@ -229,7 +231,7 @@ pub fn disk(disk: &DiskInfo) -> String {
     facts.add("cache", word(&config.cache));
     facts.add_some("direct", config.direct);
     facts.add_some("wwid", disk.wwid.as_deref().or(config.wwid.as_deref()));
-    facts.add_some("reserved", config.reservation.map(|reservation| format!("with key {}", reservation.key)));
+    facts.add_some("reserved", config.reservation.as_ref().map(reserved));
     facts.add_some("serial", disk.serial.as_deref().or(config.serial.as_deref()));
     facts.add("on error", word(&config.on_error));
     facts.add("stall after", config.stall_after.to_string());
@@ -249,6 +251,11 @@ pub fn disk(disk: &DiskInfo) -> String {
 }
 
 /// "1000 ops/s (burst 2000), 100MiB/s".
+fn reserved(reservation: &ReservationConfig) -> String {
+    let by = reservation.helper.as_ref().map(|socket| format!(" by the helper at {}", socket.display()));
+    format!("with key {}{}", reservation.key, by.unwrap_or_default())
+}
+
 fn limits(limits: &Limits) -> String {
     rates(rate(limits.ops_per_second, limits.ops_burst, " ops/s"), limits.bytes_per_second, limits.bytes_burst)
 }

@@ -151,7 +151,7 @@ impl DiskConfig {
             let detail = "a read-only disk needs no reservation";
             return Err(Problem::invalid(&at.key("reservation"), detail, "leave it out, or let the guest write"));
         }
-        Ok(())
+        self.reservation.as_ref().map_or(Ok(()), |reservation| reservation.check(&at.key("reservation")))
     }
 
     /// Checks what can be told from the disk alone; `at` is where it stands in the document.

@@ -2,16 +2,19 @@
 
 use std::fmt;
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::check::check_socket_path;
+use crate::problem::{Pointer, Problem};
 use crate::text::text_type;
 
 /// Keeps other hosts from writing a LUN while the VM runs, by a SCSI-3 persistent reservation (*write exclusive, registrants
 /// only*). The VM does not boot while another host has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReservationConfig {
     /// The key of this host. No other host that reaches the LUN may have the same; with dm-multipath, multipathd's
@@ -21,6 +24,17 @@ pub struct ReservationConfig {
     #[serde(default)]
     #[schema(default = false)]
     pub preempt: bool,
+    /// The socket of a `qemu-pr-helper`, which does it for a VMM without the privileges that it takes, such as one in a jail.
+    /// SCSI and dm-multipath only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub helper: Option<PathBuf>,
+}
+
+impl ReservationConfig {
+    pub(super) fn check(&self, at: &Pointer) -> Result<(), Problem> {
+        self.helper.as_deref().map_or(Ok(()), |socket| check_socket_path(socket, &at.key("helper")))
+    }
 }
 
 /// A key of persistent reservations: 64 bits, not zero. Reads and prints `0x1a2b`.

@@ -132,13 +132,19 @@ fn a_lun_is_named_in_printable_ascii_and_reserved_only_to_be_written() {
     with_wwid("naa.6001405a1b2c3d4e").check(&Pointer::root()).unwrap();
     let document = br#"{"id":"d","path":"p","reservation":{"key":"0x1A2B"}}"#;
     let disk: DiskConfig = json(document).unwrap();
-    let reservation = disk.reservation.unwrap();
-    assert_eq!((reservation.key.0.get(), reservation.preempt), (0x1a2b, false));
+    let reservation = disk.reservation.clone().unwrap();
+    assert_eq!((reservation.key.0.get(), reservation.preempt, &reservation.helper), (0x1a2b, false, &None));
     disk.check(&Pointer::root()).unwrap();
     assert_eq!(refused(DiskConfig { read_only: true, ..disk.clone() }).as_deref(), Some("/reservation"));
     let patch: DiskPatch = json(br#"{"reservation":{"key":"0x1a2b","preempt":true},"wwid":"naa.5"}"#).unwrap();
     let patched = patch.apply(&disk).unwrap();
-    assert!(patched.reservation.unwrap().preempt && patched.wwid.as_deref() == Some("naa.5"));
+    assert!(patched.reservation.as_ref().unwrap().preempt && patched.wwid.as_deref() == Some("naa.5"));
+    let socket = |length| Some(ReservationConfig { helper: Some("s".repeat(length).into()), ..reservation.clone() });
+    DiskConfig { reservation: socket(107), ..disk.clone() }.check(&Pointer::root()).unwrap();
+    for length in [0, 108] {
+        let reservation = socket(length);
+        assert_eq!(refused(DiskConfig { reservation, ..disk.clone() }).as_deref(), Some("/reservation/helper"));
+    }
     let unset: DiskPatch = json(br#"{"reservation":null,"wwid":null}"#).unwrap();
     assert_eq!(unset.apply(&patched).unwrap(), DiskConfig::new("d", "p"));
     for bad in [r#"{"key":"1a2b"}"#, r#"{"key":6699}"#, r#"{"preempt":true}"#, r#"{"key":"0x1","type":5}"#, "true"] {

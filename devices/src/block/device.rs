@@ -187,7 +187,7 @@ impl VirtioBlock {
         let file = BlockFile::open(&options.path, &mode)?;
         let wwid = file.wwid();
         let reserve = |wanted| Reservation::acquire(Arc::clone(file.file()), &options.path, wanted);
-        let guard = options.reservation.map(reserve).transpose()?.map(Guard::new);
+        let guard = options.reservation.clone().map(reserve).transpose()?.map(Guard::new);
         let geometry = file.geometry();
         let descriptor = Arc::clone(file.file());
         let depth = options.queue_size;

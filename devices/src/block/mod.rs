@@ -34,6 +34,6 @@ pub use self::device::{BlockHandle, BlockOptions, MakeBackend, VirtioBlock};
 pub use self::error::{BlockError, RescanError};
 pub use self::file::{BlockFile, LockedFile, OpenMode};
 pub use self::metrics::{BlockMetrics, OperationMetrics, QueueMetrics};
-pub use self::reservation::{Kind, Refusal, Reservation, ReservationError, ReservationOptions, Standing};
+pub use self::reservation::{HelperError, Kind, Refusal, Reservation, ReservationError, ReservationOptions, Standing};
 pub use self::shared::ErrorPolicy;
 pub use self::uring::UringBackend;

@@ -87,6 +87,15 @@ fn common(slaves: &[Vec<String>]) -> Vec<String> {
     first.iter().filter(|identifier| others.iter().all(|other| other.contains(identifier))).cloned().collect()
 }
 
+/// How many paths lead to the device with this number: more than one where multipath gathers them.
+#[must_use]
+pub fn paths(device: u64) -> usize {
+    let folder = directory(device);
+    let multipath = folder.join("dm").is_dir();
+    let slaves = fs::read_dir(folder.join("slaves")).map_or(0, |entries| entries.filter_map(Result::ok).count());
+    if multipath { slaves.max(1) } else { 1 }
+}
+
 /// A page of vital product data, which is never longer than this.
 fn read_page(path: &Path) -> Vec<u8> {
     let mut page = Vec::new();

@@ -19,7 +19,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::crb::error_response;
-use super::sys;
+use crate::socket;
 
 /// What the double does with a command.
 #[derive(Clone, Debug, PartialEq)]
@@ -133,7 +133,7 @@ impl Double {
             let descriptors = descriptors(&script);
             drop(script);
             let soon = Instant::now() + Duration::from_millis(5);
-            if let Some(ready) = sys::readable(descriptors, Some(soon)).unwrap() {
+            if let Some(ready) = socket::readable(descriptors, Some(soon)).unwrap() {
                 return Some(ready);
             }
         }

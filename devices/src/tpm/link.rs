@@ -8,12 +8,13 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::TpmError;
 use super::crb::{BUFFER, HEADER, Shared, error_response, size_of};
-use super::{TpmError, sys};
+use crate::socket::{self, By};
 
 /// Commands of the control channel.
 mod control {
@@ -40,19 +41,6 @@ const DELETE_VOLATILE: u32 = 1;
 /// TPM2_GetTestResult, which a TPM answers in any state: with the tag of its own version.
 const PROBE: [u8; HEADER] = [0x80, 0x01, 0, 0, 0, 10, 0, 0, 0x01, 0x7c];
 
-/// A deadline, and how far away it was.
-#[derive(Clone, Copy)]
-struct By {
-    at: Instant,
-    within: Duration,
-}
-
-impl By {
-    fn after(within: Duration) -> Self {
-        Self { at: Instant::now() + within, within }
-    }
-}
-
 /// A connection. Fields are dropped in order: swtpm takes a new data channel only after it has seen the end of the former one.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -65,7 +53,7 @@ impl Link {
     pub(super) fn connect(socket: &Path, within: Duration) -> Result<Self, TpmError> {
         let by = By::after(within);
         let refused = |source| TpmError::Connect { path: socket.to_owned(), source };
-        let control = sys::connect(socket).map_err(refused)?;
+        let control = socket::connect(socket).map_err(refused)?;
         let (data, theirs) = UnixStream::pair()?;
         data.set_nonblocking(true)?;
         let mut link = Self { data, control };
@@ -127,7 +115,7 @@ impl Link {
             if worker.is_some_and(Shared::is_ending) {
                 return Err(TpmError::Ending);
             }
-            match sys::readable([self.data.as_raw_fd(), wake], Some(by.at))? {
+            match socket::readable([self.data.as_raw_fd(), wake], Some(by.at))? {
                 Some(0) => {}
                 Some(_) => continue,
                 None => return Err(TpmError::Timeout { what: "a command", within }),
@@ -169,7 +157,7 @@ impl Link {
         let mut answer = [0; N];
         let mut rest = &mut answer[..];
         while !rest.is_empty() {
-            if sys::readable([self.control.as_raw_fd()], Some(by.at))?.is_none() {
+            if socket::readable([self.control.as_raw_fd()], Some(by.at))?.is_none() {
                 return Err(TpmError::Timeout { what, within: by.within });
             }
             match self.control.read(rest) {

@@ -20,7 +20,6 @@ mod crb;
 pub mod double;
 mod link;
 mod ppi;
-mod sys;
 #[cfg(test)]
 mod tests;
 mod worker;

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use super::crb::{RC_FAILURE, Shared};
 use super::link::Link;
-use super::{Deadlines, TpmError, sys};
+use super::{Deadlines, TpmError};
 use crate::DeviceEvent;
+use crate::socket;
 use crate::throttle::Throttle;
 
 /// How long swtpm may take to switch the TPM off when the VM ends.
@@ -70,7 +71,7 @@ impl Worker {
     /// Waits for messages, or for the end of swtpm.
     fn wait(&mut self) {
         let data = self.link.as_ref().map_or(-1, Link::data);
-        match sys::readable([self.shared.wake_event().as_raw_fd(), data], None) {
+        match socket::readable([self.shared.wake_event().as_raw_fd(), data], None) {
             Ok(Some(1)) => self.lose(&TpmError::Closed),
             Ok(_) => drop(self.shared.is_ending()),
             Err(error) => {

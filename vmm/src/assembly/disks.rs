@@ -42,7 +42,11 @@ pub fn open(
         serial: config.serial.clone(),
         writeback: config.cache == CacheMode::Writeback,
         wwid: config.wwid.clone(),
-        reservation: config.reservation.map(|wanted| ReservationOptions { key: wanted.key.0, preempt: wanted.preempt }),
+        reservation: config.reservation.as_ref().map(|wanted| ReservationOptions {
+            key: wanted.key.0,
+            preempt: wanted.preempt,
+            helper: wanted.helper.clone(),
+        }),
         on_error: error_policy(config.on_error),
         limits: limits::of_disks(&config.limits),
         group,

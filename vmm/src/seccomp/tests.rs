@@ -32,8 +32,11 @@ fn sockets_threads_and_rings_are_made_where_the_readme_says_and_nobody_runs_prog
     for (policy, rules) in policies() {
         let calls: Vec<_> = rules.iter().map(policy::call).collect();
         let jobs = policy == Policy::Of(ThreadKind::Jobs);
-        for call in ["socket", "socketpair", "connect"] {
-            let makes = jobs || policy == Policy::Of(ThreadKind::Tpm);
+        let (tpm, reservation) = (ThreadKind::Tpm, ThreadKind::Reservation);
+        for (call, kinds) in
+            [("socketpair", &[tpm][..]), ("socket", &[tpm, reservation]), ("connect", &[tpm, reservation])]
+        {
+            let makes = jobs || kinds.iter().any(|kind| policy == Policy::Of(*kind));
             assert_eq!(calls.iter().any(|c| c == call), makes, "{}: {call}", policy.name());
         }
         for call in ["bind", "listen", "clone3", "io_uring_setup", "bpf", "seccomp"] {

@@ -12,10 +12,8 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::OnceLock;
 
-use super::keys::{
-    Holder, KEYS_BYTES, Kind, MAX_KEYS, Malformed, REPORT_BYTES, RESERVATION_BYTES, Table, parse_keys, parse_report,
-    parse_reservation,
-};
+use super::keys::{Holder, Kind, MAX_KEYS, Malformed, REPORT_BYTES, Table, parse_report};
+use super::scsi::{self, Deed, retried};
 use super::{LockedFile, Refusal, Target};
 
 const IOC_PR_REGISTER: libc::Ioctl = 0x4018_70c8;
@@ -36,9 +34,6 @@ const NVME_IOCTL_IO_CMD: libc::Ioctl = 0xc048_4e43;
 
 /// Milliseconds that a command of our own may take.
 const TIMEOUT: u32 = 10_000;
-/// After another host changed something, each path answers its next command with a unit attention, once or a few times.
-const ATTEMPTS: u32 = 12;
-
 #[repr(C)]
 struct PrReservation {
     key: u64,
@@ -169,14 +164,10 @@ impl Device {
                 let keys = retried(|| self.kernel_keys())?;
                 Ok(Table { keys, holder: retried(|| self.kernel_holder())? })
             }
-            Reader::Scsi => {
-                let mut answer = vec![0; KEYS_BYTES];
-                let length = retried(|| self.reserve_in(0, &mut answer))?;
-                let keys = parse_keys(answer.get(..length).unwrap_or_default())?;
-                let mut answer = [0; RESERVATION_BYTES];
-                let length = retried(|| self.reserve_in(1, &mut answer))?;
-                Ok(Table { keys, holder: parse_reservation(answer.get(..length).unwrap_or_default())? })
-            }
+            Reader::Scsi => scsi::read(|question, answer| {
+                let command = scsi::reserve_in(question, answer.len());
+                self.scsi(&command, answer, true)
+            }),
             Reader::Nvme { nsid } => retried(|| self.nvme_report(nsid)),
         }
     }
@@ -202,24 +193,12 @@ impl Device {
         Ok((argument.key != 0 || argument.kind != 0).then_some(holder))
     }
 
-    /// PERSISTENT RESERVE IN (SPC-4 §6.15); gives the length of the answer.
-    fn reserve_in(&self, action: u8, answer: &mut [u8]) -> Result<usize, Refusal> {
-        let [high, low] = u16::try_from(answer.len()).unwrap_or(u16::MAX).to_be_bytes();
-        self.scsi(&[0x5e, action, 0, 0, 0, 0, 0, high, low, 0], answer, true)
-    }
-
-    /// PERSISTENT RESERVE OUT, PREEMPT AND ABORT (SPC-4 §6.16).
     fn scsi_preempt(&self, key: u64, victim: u64) -> Result<(), Refusal> {
-        let mut parameters = [0; 24];
-        let (keys, _) = parameters.as_chunks_mut::<8>();
-        for (place, key) in keys.iter_mut().zip([key, victim]) {
-            *place = key.to_be_bytes();
-        }
-        let command = [0x5f, 5, Kind::OURS_IN_SCSI, 0, 0, 0, 0, 0, 24, 0];
+        let (command, mut parameters) = scsi::reserve_out(Deed::PreemptAndAbort, key, victim);
         self.scsi(&command, &mut parameters, false).map(drop)
     }
 
-    fn scsi(&self, command: &[u8; 10], data: &mut [u8], reads: bool) -> Result<usize, Refusal> {
+    fn scsi(&self, command: &[u8; scsi::COMMAND], data: &mut [u8], reads: bool) -> Result<usize, Refusal> {
         let mut sense = [0; 32];
         let length = u32::try_from(data.len()).unwrap_or(0);
         let mut header = SgIoHdr {
@@ -255,7 +234,7 @@ impl Device {
         if header.host_status != 0 {
             return Err(Refusal::Unreachable(format!("host status {:#x}", header.host_status)));
         }
-        scsi_status(header.status, &sense)?;
+        scsi::status(header.status, &sense)?;
         let left = u32::try_from(header.resid).unwrap_or(0);
         Ok(usize::try_from(length.saturating_sub(left)).unwrap_or(0))
     }
@@ -353,23 +332,6 @@ impl Target for Device {
     }
 }
 
-impl From<Malformed> for Refusal {
-    fn from(error: Malformed) -> Self {
-        Self::Refused(error.to_string())
-    }
-}
-
-/// Says it again to a LUN that had to say something else first.
-fn retried<T>(mut command: impl FnMut() -> Result<T, Refusal>) -> Result<T, Refusal> {
-    let mut attempts = 1;
-    loop {
-        match command() {
-            Err(Refusal::Attention) if attempts < ATTEMPTS => attempts += 1,
-            done => return done,
-        }
-    }
-}
-
 /// What a reservation ioctl answers: an errno, 0, or a status of SCSI, of NVMe, or of `enum pr_status`, as the driver and the
 /// version of the kernel like it.
 fn outcome(result: libc::c_int) -> Result<(), Refusal> {
@@ -397,30 +359,6 @@ fn refusal(error: io::Error) -> Refusal {
         Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => Refusal::Unsupported(error.to_string()),
         Some(libc::EPERM | libc::EACCES) => Refusal::Denied(error),
         _ => Refusal::Unreachable(error.to_string()),
-    }
-}
-
-/// A SCSI status with its sense data (SPC-4 §4.5), of either format.
-fn scsi_status(status: u8, sense: &[u8; 32]) -> Result<(), Refusal> {
-    match status {
-        0 => return Ok(()),
-        0x18 => return Err(Refusal::Conflict),
-        0x02 => {}
-        // BUSY, TASK SET FULL, TASK ABORTED
-        0x08 | 0x28 | 0x40 => return Err(Refusal::Attention),
-        _ => return Err(Refusal::Refused(format!("SCSI status {status:#04x}"))),
-    }
-    let [format, one, two, three, ..] = *sense;
-    let (key, code, qualifier) = match format & 0x7f {
-        0x72 | 0x73 => (one & 0xf, two, three),
-        _ => (two & 0xf, sense.get(12).copied().unwrap_or(0), sense.get(13).copied().unwrap_or(0)),
-    };
-    match (key, code) {
-        // UNIT ATTENTION, ABORTED COMMAND
-        (0x6 | 0xb, _) => Err(Refusal::Attention),
-        // INVALID COMMAND OPERATION CODE, INVALID FIELD IN CDB
-        (0x5, 0x20 | 0x24) => Err(Refusal::Unsupported(format!("sense {key:x}/{code:02x}/{qualifier:02x}"))),
-        _ => Err(Refusal::Refused(format!("sense {key:x}/{code:02x}/{qualifier:02x}"))),
     }
 }
 
@@ -479,48 +417,6 @@ mod tests {
         assert!(matches!(refusal(io::Error::from_raw_os_error(libc::EPERM)), Refusal::Denied(_)));
     }
 
-    fn sense(bytes: &[u8]) -> [u8; 32] {
-        let mut sense = [0; 32];
-        sense[..bytes.len()].copy_from_slice(bytes);
-        sense
-    }
-
-    #[test]
-    fn sense_data_of_either_format_tells_a_unit_attention_from_a_refusal() {
-        let attention = [
-            sense(&[0x70, 0, 6, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x2a, 5]),
-            sense(&[0x72, 6, 0x2a, 3]),
-            sense(&[0xf0, 0, 0xb]),
-        ];
-        for sense in attention {
-            assert!(matches!(scsi_status(2, &sense), Err(Refusal::Attention)));
-        }
-        let unknown = sense(&[0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x20, 0]);
-        assert!(matches!(scsi_status(2, &unknown), Err(Refusal::Unsupported(_))));
-        let medium = scsi_status(2, &sense(&[0x72, 3, 0x11, 0])).unwrap_err();
-        assert_eq!(medium.to_string(), "the LUN answered with sense 3/11/00");
-        assert!(matches!(scsi_status(0x18, &[0; 32]), Err(Refusal::Conflict)));
-        assert!(matches!(scsi_status(0x22, &[0; 32]), Err(Refusal::Refused(_))));
-        assert!(scsi_status(0, &[0xff; 32]).is_ok());
-    }
-
-    #[test]
-    fn what_a_lun_says_first_is_heard_and_the_command_given_again_but_not_for_ever() {
-        let mut left = 3;
-        let done = retried(|| {
-            left -= 1;
-            if left > 0 { Err(Refusal::Attention) } else { Ok(left) }
-        });
-        assert_eq!(done.unwrap(), 0);
-        let mut asked = 0;
-        let never = retried(|| -> Result<(), Refusal> {
-            asked += 1;
-            Err(Refusal::Attention)
-        });
-        assert!(matches!(never, Err(Refusal::Attention)));
-        assert_eq!(asked, ATTEMPTS);
-    }
-
     #[test]
     fn a_file_has_no_reservations_and_the_error_says_so() {
         let path = std::env::temp_dir().join(format!("rackvisor-pr-{}", std::process::id()));
@@ -528,7 +424,7 @@ mod tests {
         let mode = crate::block::OpenMode { read_only: false, direct: Some(false), block_size: None, wwid: None };
         let file = crate::block::BlockFile::open(&path, &mode).unwrap();
         let key = std::num::NonZeroU64::new(0xabc).unwrap();
-        let options = super::super::ReservationOptions { key, preempt: true };
+        let options = super::super::ReservationOptions { key, preempt: true, helper: None };
         let error = super::super::Reservation::acquire(Arc::clone(file.file()), &path, options).unwrap_err();
         assert!(error.to_string().contains("has no persistent reservations"), "{error}");
         std::fs::remove_file(&path).unwrap();

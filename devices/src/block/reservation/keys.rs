@@ -4,8 +4,8 @@ use std::fmt;
 
 use thiserror::Error;
 
-/// The most registrations that are read of a LUN.
-pub(super) const MAX_KEYS: usize = 1024;
+/// The most registrations that are read of a LUN: what the 8 KiB that a helper passes on hold.
+pub(super) const MAX_KEYS: usize = 1023;
 /// Room for the answer of READ KEYS with that many.
 pub(super) const KEYS_BYTES: usize = 8 + 8 * MAX_KEYS;
 /// Room for the answer of READ RESERVATION.

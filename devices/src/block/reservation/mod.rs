@@ -5,6 +5,8 @@
 //! that lost the LUN cannot write it, whatever it believes. Losing is noticed by a conflict or by a look (`guard`), and
 //! nothing here ever registers anew what is lost: that would undo a fencing.
 //!
+//! The VMM asks the kernel (`ioctl`), which takes privileges, or a helper that has them (`pr_helper`).
+//!
 //! Limits that the operator has to know:
 //! - The kernel registers the paths that a dm-multipath device has at the start; all of them have to work then. A path that is
 //!   added later has no registration, and writes over it fail with a conflict, unless `multipathd` registers it
@@ -17,12 +19,15 @@
 mod guard;
 mod ioctl;
 mod keys;
+mod pr_helper;
+mod scsi;
 #[cfg(test)]
 pub(super) mod tests;
 
 use std::fmt;
 use std::io;
 use std::num::NonZeroU64;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +39,7 @@ use tracing::{info, warn};
 pub(super) use self::guard::{Guard, GuardThread};
 pub use self::keys::Kind;
 use self::keys::Table;
+pub use self::pr_helper::HelperError;
 use super::file::LockedFile;
 
 /// How often a reservation is tried for while others come and go.
@@ -42,12 +48,14 @@ const ROUNDS: u32 = 20;
 const ROUND: Duration = Duration::from_millis(100);
 
 /// How to reserve a LUN.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReservationOptions {
     /// The key of this host: no other host that reaches the LUN may have the same.
     pub key: NonZeroU64,
     /// Take the LUN from whoever has it (PREEMPT AND ABORT), for a fail-over.
     pub preempt: bool,
+    /// Where a qemu-pr-helper listens that does it, for want of privileges.
+    pub helper: Option<PathBuf>,
 }
 
 /// How a reservation stands.
@@ -75,7 +83,9 @@ pub enum Refusal {
     )]
     Unsupported(String),
     /// The VMM may not do it.
-    #[error("{0}: give the VMM CAP_SYS_ADMIN and CAP_SYS_RAWIO, and the whole device rather than a partition")]
+    #[error(
+        "{0}: give the VMM CAP_SYS_ADMIN and CAP_SYS_RAWIO or a reservation.helper, and the whole device rather than a partition"
+    )]
     Denied(io::Error),
     /// A path does not work.
     #[error("{0}: all paths to the LUN have to work (multipath -ll)")]
@@ -83,6 +93,14 @@ pub enum Refusal {
     /// CHECK CONDITION, most often a unit attention: the command may work when it is given again.
     #[error("the LUN keeps reporting that something about it changed: look at the kernel's log")]
     Attention,
+    /// The helper does not do it.
+    #[error("the helper at {}: {error}", socket.display())]
+    Helper {
+        /// Its socket.
+        socket: PathBuf,
+        /// What is wrong.
+        error: HelperError,
+    },
     /// Anything else that the LUN said.
     #[error("the LUN answered with {0}")]
     Refused(String),
@@ -216,11 +234,20 @@ impl Reservation {
     /// # Errors
     /// [`ReservationError`]; the key is registered no more then. Without `preempt` nobody else's key was touched.
     pub fn acquire(file: Arc<LockedFile>, path: &Path, options: ReservationOptions) -> Result<Self, ReservationError> {
-        Self::acquire_on(Box::new(ioctl::Device::new(file)), path, options)
+        let target: Box<dyn Target> = match &options.helper {
+            Some(socket) if is_device(&file) => Box::new(pr_helper::Helper::new(file, socket)),
+            // The kernel knows best why a file cannot be reserved.
+            _ => Box::new(ioctl::Device::new(file)),
+        };
+        Self::acquire_on(target, path, &options)
     }
 
-    fn acquire_on(target: Box<dyn Target>, path: &Path, options: ReservationOptions) -> Result<Self, ReservationError> {
-        let ReservationOptions { key, preempt } = options;
+    fn acquire_on(
+        target: Box<dyn Target>,
+        path: &Path,
+        options: &ReservationOptions,
+    ) -> Result<Self, ReservationError> {
+        let &ReservationOptions { key, preempt, .. } = options;
         let reservation = Self { target, path: path.into(), key: key.get(), over: AtomicBool::new(true) };
         let table = reservation.read()?;
         if !preempt {
@@ -368,6 +395,10 @@ impl Reservation {
         let path = self.path.clone();
         move |refusal| ReservationError::Command { path, what, refusal }
     }
+}
+
+fn is_device(file: &LockedFile) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
 impl Drop for Reservation {

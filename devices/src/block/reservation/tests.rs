@@ -75,18 +75,23 @@ impl Lun {
 
     /// The LUN as host `host` sees it, over two paths.
     fn seen_by(&self, host: u8) -> Box<dyn Target> {
-        Box::new(Host { lun: self.clone(), paths: [(host, 0), (host, 1)], gone: [false, false] })
+        Box::new(Host { lun: self.clone(), paths: vec![(host, 0), (host, 1)], gone: [false, false] })
+    }
+
+    /// The LUN as host `host` sees it over its path `number` alone.
+    pub(super) fn over_path(&self, host: u8, number: u8) -> impl Target + use<> {
+        Host { lun: self.clone(), paths: vec![(host, number)], gone: [false, false] }
     }
 
     /// As [`Self::seen_by`], for tests of others.
     pub fn reserved_by(&self, host: u8, key: u64, preempt: bool) -> Result<Reservation, ReservationError> {
-        Reservation::acquire_on(self.seen_by(host), Path::new("/dev/lun"), options(key, preempt))
+        Reservation::acquire_on(self.seen_by(host), Path::new("/dev/lun"), &options(key, preempt))
     }
 }
 
 struct Host {
     lun: Lun,
-    paths: [(u8, u8); 2],
+    paths: Vec<(u8, u8)>,
     /// Paths that do not work.
     gone: [bool; 2],
 }
@@ -125,7 +130,7 @@ impl Target for Host {
                 return Err(Refusal::Unreachable("a path failed".into()));
             }
             inside.registered.retain(|(path, _)| !self.paths.contains(path));
-            inside.registered.extend(self.paths.map(|path| (path, key)));
+            inside.registered.extend(self.paths.iter().map(|path| (*path, key)));
             Ok(())
         })
     }
@@ -211,7 +216,7 @@ const A: u64 = 0xa;
 const B: u64 = 0xb;
 
 fn options(key: u64, preempt: bool) -> ReservationOptions {
-    ReservationOptions { key: NonZeroU64::new(key).unwrap(), preempt }
+    ReservationOptions { key: NonZeroU64::new(key).unwrap(), preempt, helper: None }
 }
 
 fn error(outcome: Result<Reservation, ReservationError>) -> String {
@@ -416,10 +421,10 @@ fn one_of_two_hosts_that_come_at_the_same_time_gets_the_lun() {
 #[test]
 fn a_path_that_died_meanwhile_keeps_no_key_behind() {
     let lun = Lun::default();
-    let host = Host { lun: lun.clone(), paths: [(1, 0), (1, 1)], gone: [false; 2] };
-    let reservation = Reservation::acquire_on(Box::new(host), Path::new("/dev/lun"), options(A, false)).unwrap();
+    let host = Host { lun: lun.clone(), paths: vec![(1, 0), (1, 1)], gone: [false; 2] };
+    let reservation = Reservation::acquire_on(Box::new(host), Path::new("/dev/lun"), &options(A, false)).unwrap();
     std::mem::forget(reservation);
-    let host = Host { lun: lun.clone(), paths: [(1, 0), (1, 1)], gone: [true, false] };
+    let host = Host { lun: lun.clone(), paths: vec![(1, 0), (1, 1)], gone: [true, false] };
     let over = AtomicBool::new(false);
     let reservation = Reservation { target: Box::new(host), path: "/dev/lun".into(), key: A, over };
     reservation.release().unwrap();
@@ -428,7 +433,7 @@ fn a_path_that_died_meanwhile_keeps_no_key_behind() {
     // With another host there, clearing would remove its key as well.
     std::mem::forget(lun.reserved_by(1, A, false).unwrap());
     lun.change(|inside| inside.registered.push(((2, 0), B)));
-    let host = Host { lun: lun.clone(), paths: [(1, 0), (1, 1)], gone: [true, false] };
+    let host = Host { lun: lun.clone(), paths: vec![(1, 0), (1, 1)], gone: [true, false] };
     let over = AtomicBool::new(false);
     let reservation = Reservation { target: Box::new(host), path: "/dev/lun".into(), key: A, over };
     assert!(reservation.release().is_err());

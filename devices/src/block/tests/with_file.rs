@@ -346,8 +346,11 @@ fn a_path_that_is_no_disk_is_refused_with_a_remedy() {
     let error_of_wwid = error(BlockOptions { wwid, ..file.options() });
     assert!(error_of_wwid.contains("is a file, which has no world-wide identifier"), "{error_of_wwid}");
     let key = std::num::NonZeroU64::new(0xabc).unwrap();
-    let reservation = Some(crate::block::ReservationOptions { key, preempt: false });
-    assert!(error(BlockOptions { reservation, ..file.options() }).contains("has no persistent reservations"));
+    let reservation = Some(crate::block::ReservationOptions { key, preempt: false, helper: None });
+    assert!(
+        error(BlockOptions { reservation: reservation.clone(), ..file.options() })
+            .contains("has no persistent reservations")
+    );
     assert!(error(BlockOptions { reservation, read_only: true, ..file.options() }).contains("needs no reservation"));
     assert!(error(BlockOptions { queues: 0, ..file.options() }).contains("0 queues"));
     assert!(error(BlockOptions { queue_size: 100, ..file.options() }).contains("power of two"));

@@ -47,15 +47,17 @@ fn sockets_of(policy: Policy, call: libc::c_long) -> Vec<(libc::c_int, libc::c_i
 }
 
 #[test]
-fn no_thread_makes_a_socket_of_a_network_and_only_those_for_consoles_taps_and_swtpm_make_any() {
+fn no_thread_makes_a_socket_of_a_network_and_only_those_for_consoles_taps_swtpm_and_helpers_make_any() {
     for policy in Policy::all() {
-        let (jobs, tpm) = (policy == Policy::Of(ThreadKind::Jobs), policy == Policy::Of(ThreadKind::Tpm));
-        for call in [libc::SYS_socket, libc::SYS_socketpair] {
+        let is = |kind| policy == Policy::Of(kind);
+        let pairs = is(ThreadKind::Jobs) || is(ThreadKind::Tpm);
+        let connects = is(ThreadKind::Tpm) || is(ThreadKind::Reservation);
+        for (call, makes) in [(libc::SYS_socket, pairs || connects), (libc::SYS_socketpair, pairs)] {
             let sockets = sockets_of(policy, call);
             assert!(sockets.iter().all(|(family, _)| *family == libc::AF_UNIX), "{}: {sockets:?}", policy.name());
-            assert_eq!(!sockets.is_empty(), jobs || tpm, "{}", policy.name());
+            assert_eq!(!sockets.is_empty(), makes, "{}", policy.name());
         }
-        if tpm {
+        if connects {
             let stream = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
             assert_eq!(sockets_of(policy, libc::SYS_socket), [(libc::AF_UNIX, stream)]);
         }

@@ -1,4 +1,4 @@
-//! What the standard library cannot do with sockets: connect without waiting, and wait for one of several with a deadline.
+//! What the standard library cannot do with Unix sockets: connect without waiting, and wait for one of several with a deadline.
 #![allow(unsafe_code)] // socket(2), connect(2) and poll(2) have no safe form among our dependencies.
 
 use std::io;
@@ -6,13 +6,26 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::syscall;
 
+/// A deadline, and how far away it was.
+#[derive(Clone, Copy)]
+pub(crate) struct By {
+    pub(crate) at: Instant,
+    pub(crate) within: Duration,
+}
+
+impl By {
+    pub(crate) fn after(within: Duration) -> Self {
+        Self { at: Instant::now() + within, within }
+    }
+}
+
 /// Connects to the socket at `path` at once or not at all: `EAGAIN` where others wait for the same listener.
 /// The stream never blocks.
-pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
+pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: no pointer is passed; a new descriptor comes back or -1.
     let fd = syscall::value(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
@@ -33,7 +46,7 @@ pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
 }
 
 /// Waits until one of `descriptors` is readable or closed, at the latest until `deadline`; says which is the first.
-pub(super) fn readable<const N: usize>(
+pub(crate) fn readable<const N: usize>(
     descriptors: [RawFd; N],
     deadline: Option<Instant>,
 ) -> io::Result<Option<usize>> {
