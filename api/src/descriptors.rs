@@ -124,6 +124,16 @@ impl OwnDescriptors {
         Ok(Self(pidfd_open(getpid(), PidfdFlags::empty())?))
     }
 
+    /// The numbers that are open, in no order.
+    ///
+    /// # Errors
+    /// What the kernel answered: there may be no /proc.
+    pub fn numbers() -> io::Result<Vec<u32>> {
+        let entries = std::fs::read_dir("/proc/self/fd")?;
+        let numbers: Vec<u32> = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+        Ok(numbers)
+    }
+
     /// A copy of the descriptor with this number, which stays with its owner. The copy is closed at exec.
     ///
     /// # Errors
@@ -208,7 +218,13 @@ mod tests {
         let copy = own.copy(file.as_raw_fd().try_into().unwrap()).unwrap();
         assert_ne!(copy.as_raw_fd(), file.as_raw_fd());
         assert_eq!(rustix::fs::fstat(&copy).unwrap().st_ino, rustix::fs::fstat(&file).unwrap().st_ino);
-        for none in [1_000_000, u32::MAX] {
+        // No other test has a number as high.
+        let high = rustix::io::fcntl_dupfd_cloexec(&file, 900).unwrap();
+        let number = high.as_raw_fd().try_into().unwrap();
+        assert!(OwnDescriptors::numbers().unwrap().contains(&number));
+        drop(high);
+        assert!(!OwnDescriptors::numbers().unwrap().contains(&number));
+        for none in [number, 1_000_000, u32::MAX] {
             assert_eq!(own.copy(none).unwrap_err().raw_os_error(), Some(9), "EBADF");
         }
     }

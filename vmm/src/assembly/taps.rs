@@ -21,9 +21,11 @@ impl InheritedTaps {
     #[must_use]
     pub fn find() -> Self {
         let Ok(own) = OwnDescriptors::new() else { return Self::default() };
+        // Without /proc each number is tried.
+        let mut numbers = OwnDescriptors::numbers().unwrap_or_else(|_| INHERITED_FDS.collect());
+        let is_tap = |number: u32| own.copy(number).is_ok_and(|fd| is_tap(fd.as_fd()));
         // In two steps, so that no copy is found as well.
-        let inherited = INHERITED_FDS.filter(|number| own.copy(*number).is_ok_and(|fd| is_tap(fd.as_fd())));
-        let numbers: Vec<u32> = inherited.collect();
+        numbers.retain(|number| INHERITED_FDS.contains(number) && is_tap(*number));
         Self(Arc::new(numbers.into_iter().filter_map(|number| Some((number, own.copy(number).ok()?))).collect()))
     }
 
