@@ -165,17 +165,26 @@ impl Helper {
         self.settled(retried(|| self.execute(&command, &parameters, 0))).map(drop)
     }
 
-    /// Acts until as many paths as `wanted` have `key`, or as often as should be enough; gives how many have it then.
-    fn act_on_paths(&self, key: u64, wanted: usize, act: impl Fn() -> Result<(), Refusal>) -> Result<usize, Refusal> {
-        let mut left = ROUNDS_PER_PATH * self.paths;
-        loop {
-            act()?;
-            let found = self.read()?.keys.iter().filter(|found| **found == key).count();
-            left -= 1;
-            if left == 0 || (wanted == 0 && found == 0) || (wanted > 0 && found >= wanted) {
-                return Ok(found);
+    /// How many paths of any host are registered with `key`.
+    fn registered(&self, key: u64) -> Result<usize, Refusal> {
+        Ok(self.read()?.keys.iter().filter(|found| **found == key).count())
+    }
+
+    /// Registers `key` until each path has it; gives how many have it where that does not come about.
+    fn register_paths(&self, key: u64) -> Result<Option<usize>, Refusal> {
+        let before = self.registered(key)?;
+        let (mut found, mut quiet) = (before, 0);
+        for _ in 0..ROUNDS_PER_PATH * self.paths {
+            self.act(Deed::RegisterAnyway, 0, key)?;
+            let now = self.registered(key)?;
+            quiet = if now == found { quiet + 1 } else { 0 };
+            found = now;
+            // Those from before may be of paths that this host has no more, and stand for none that it has.
+            if found >= self.paths && (before == 0 || quiet >= self.paths) {
+                return Ok(None);
             }
         }
+        Ok(Some(found))
     }
 }
 
@@ -189,10 +198,9 @@ impl Target for Helper {
     }
 
     fn register(&self, key: u64) -> Result<(), Refusal> {
-        let registered = self.act_on_paths(key, self.paths, || self.act(Deed::RegisterAnyway, 0, key));
-        let refusal = match registered {
-            Ok(reached) if reached >= self.paths => return Ok(()),
-            Ok(reached) => self.failed(HelperError::Paths { reached, paths: self.paths }),
+        let refusal = match self.register_paths(key) {
+            Ok(None) => return Ok(()),
+            Ok(Some(reached)) => self.failed(HelperError::Paths { reached, paths: self.paths }),
             Err(refusal) => refusal,
         };
         // Whatever becomes of it, what failed is said.
@@ -201,13 +209,18 @@ impl Target for Helper {
     }
 
     fn unregister(&self, key: u64) -> Result<(), Refusal> {
-        let taken_back = || match self.act(Deed::Register, key, 0) {
-            // That path has no key any more.
-            Err(Refusal::Conflict) => Ok(()),
-            done => done,
-        };
+        for _ in 0..ROUNDS_PER_PATH * self.paths {
+            match self.act(Deed::Register, key, 0) {
+                // That path has it no more.
+                Ok(()) | Err(Refusal::Conflict) => {}
+                refused => return refused,
+            }
+            if self.registered(key)? == 0 {
+                break;
+            }
+        }
         // Who takes it back looks himself whether one is left.
-        self.act_on_paths(key, 0, taken_back).map(drop)
+        Ok(())
     }
 
     fn reserve(&self, key: u64) -> Result<(), Refusal> {

@@ -171,6 +171,20 @@ fn a_path_that_the_helper_does_not_reach_is_told_and_no_key_is_left_behind() {
 }
 
 #[test]
+fn what_is_left_of_paths_that_there_are_no_more_does_not_stand_for_those_that_there_are() {
+    let lun = Lun::default();
+    for gone in [7, 8] {
+        lun.over_path(1, gone).register(KEY).unwrap();
+    }
+    let helper = Double::of(&lun, 1);
+    helper.disk(2).register(KEY).unwrap();
+    assert_eq!(lun.keys(), [KEY; 4]);
+    for path in [0, 1] {
+        lun.over_path(1, path).unregister(KEY).unwrap();
+    }
+}
+
+#[test]
 fn an_answer_that_is_none_is_an_error_that_names_the_socket() {
     let wrong = [
         (answer(0x100, &[]), "status 0x100"),
