@@ -25,6 +25,7 @@ pub struct Tap {
     /// The name of the interface.
     pub name: String,
     network: [u8; 2],
+    flags: &'static str,
 }
 
 fn ip(arguments: &str) {
@@ -42,14 +43,24 @@ impl Tap {
         Self::with_flags("vnet_hdr multi_queue")
     }
 
-    fn with_flags(flags: &str) -> Self {
+    fn with_flags(flags: &'static str) -> Self {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
-        let tap = Self { name: format!("rvt{pid}.{number}"), network: [(pid % 251) as u8, number] };
-        ip(&format!("tuntap add dev {} mode tap {flags}", tap.name));
-        ip(&format!("addr add {}/24 dev {}", tap.host(), tap.name));
-        ip(&format!("link set {} up", tap.name));
+        let tap = Self { name: format!("rvt{pid}.{number}"), network: [(pid % 251) as u8, number], flags };
+        tap.make();
         tap
+    }
+
+    /// Makes it, also again after [`Tap::delete`].
+    pub fn make(&self) {
+        ip(&format!("tuntap add dev {} mode tap {}", self.name, self.flags));
+        ip(&format!("addr add {}/24 dev {}", self.host(), self.name));
+        ip(&format!("link set {} up", self.name));
+    }
+
+    /// Takes it from whoever has it.
+    pub fn delete(&self) {
+        ip(&format!("link delete {}", self.name));
     }
 
     /// The address of the host.

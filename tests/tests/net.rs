@@ -9,7 +9,7 @@ use std::thread;
 use rackvisor_api::config::{Link, NicConfig, NicLimitsPatch, NicPatch, Patch, TapFds};
 use rackvisor_api::problem::Code;
 use rackvisor_api::size::ByteSize;
-use rackvisor_api::state::Action;
+use rackvisor_api::state::{Action, VmState};
 use rackvisor_tests::{
     Guest, PATIENCE, Rackvisor, Rarps, Tap, assert_nothing_more, assert_same_bytes, eventually, impossible_in_a_jail,
     linux, linux_with_net, needs_kvm, needs_vhost, noise, sha256,
@@ -296,6 +296,18 @@ fn an_announcement_is_on_the_wire_five_times() {
     }
     vmm.client.act(Action::Shutdown).unwrap();
     assert_eq!(vmm.client.announce_nic("net0").unwrap_err().code(), Some(Code::WrongState));
+}
+
+#[test]
+fn a_tap_that_is_deleted_under_a_guest_is_taken_up_again_when_it_is_back() {
+    needs_kvm!();
+    let (tap, vmm) = (Tap::new(), Rackvisor::start());
+    let mut guest = reachable(&vmm, &tap, |_| ());
+    tap.delete();
+    assert_ne!(guest.run(&format!("ping -c 1 -W 1 {}", tap.host())).0, 0, "a ping into nothing");
+    tap.make();
+    guest.ok(&format!("for i in $(seq 60); do ping -c 1 -W 1 {} && exit 0; done; exit 1", tap.host()));
+    assert_eq!(vmm.state(), VmState::Running);
 }
 
 #[test]

@@ -2,14 +2,21 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking, also in its helpers")]
 
-use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
+use std::sync::Arc;
+use std::{fs, panic};
 
+use rackvisor::assembly::HostOptions;
+use rackvisor::control::{ControlLoop, Lifetime};
+use rackvisor::seccomp::{Filters, Mode};
+use rackvisor::telemetry::crash::report_panics;
+use rackvisor_devices::{ThreadKind, ThreadSpawner};
 use rackvisor_tests::{
     PATIENCE, Rackvisor, Swtpm, Tap, Tiny, eventually, filtered_threads, linux, needs_kvm, skip, swtpm_is_missing, tell,
 };
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 #[test]
 fn every_thread_of_a_vm_with_everything_is_under_a_filter() {
@@ -43,6 +50,32 @@ fn every_thread_of_a_vm_with_everything_is_under_a_filter() {
     }
     let unfiltered: Vec<_> = threads.iter().filter(|(_, filtered)| !filtered).collect();
     assert!(unfiltered.is_empty(), "{unfiltered:?}");
+}
+
+fn a_bug(kind: ThreadKind) {
+    panic!("a bug of {}", kind.name());
+}
+
+#[test]
+fn a_thread_of_any_kind_that_panics_under_its_filter_leaves_a_report_with_the_names_of_functions() {
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("crash");
+    let filters = Filters::new(Mode::On).unwrap();
+    let control = ControlLoop::new(Arc::new(filters.clone()), Lifetime::Served, HostOptions::default()).unwrap();
+    let former = panic::take_hook();
+    report_panics(&report, control.handle().telemetry, &filters).unwrap();
+    let ends = |kind: ThreadKind| filters.spawn(kind, "a-thread", Box::new(move || a_bug(kind))).unwrap().join();
+    let all_panicked = ThreadKind::ALL.into_iter().all(|kind| ends(kind).is_err());
+    panic::set_hook(former);
+    assert!(all_panicked);
+    let reports = fs::read_to_string(&report).unwrap();
+    let reports: Vec<Value> = reports.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let told: Vec<_> = reports.iter().map(|report| report["message"].as_str().unwrap()).collect();
+    assert_eq!(told, ThreadKind::ALL.map(|kind| format!("a bug of {}", kind.name())));
+    for report in &reports {
+        let backtrace = report["backtrace"].as_array().unwrap();
+        assert!(backtrace.iter().any(|line| line.as_str().unwrap().contains("a_bug")), "{report}");
+    }
 }
 
 #[test]
