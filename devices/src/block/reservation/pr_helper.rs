@@ -30,8 +30,8 @@ use super::{LockedFile, Refusal, Target};
 use crate::block::sysfs;
 use crate::socket::{self, By};
 
-/// The longest that a command may take.
-const TIMEOUT: Duration = Duration::from_secs(20);
+/// The longest that a command may take, as without a helper.
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a command on the socket.
 const REQUEST: usize = 16;
 /// Bytes before what was read: status, size, sense data.
