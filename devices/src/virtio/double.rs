@@ -1,7 +1,7 @@
 //! The driver's side of split rings (virtio 1.2 §2.7), for tests of devices at ring level.
 //!
 //! A [`TestDriver`] owns a little guest RAM with one [`TestRing`] for each queue. It makes an [`Activation`] for
-//! [`VirtioDevice::start`](super::VirtioDevice::start), adds chains as a real driver does (or breaks every rule, where a
+//! [`VirtioDevice::start`], adds chains as a real driver does (or breaks every rule, where a
 //! test asks for it), kicks when the device wants to be kicked, and sees used elements and interrupts.
 //!
 //! ```
