@@ -1,10 +1,12 @@
 //! The chipset: ICH9-style power management, SMIs, RTC/CMOS, i8042, reset, serial port, debug console, pvpanic, watchdog.
 //!
-//! [`Chipset`] makes all of it from a [`ChipsetConfig`] and claims its ports; each part also stands alone.
+//! [`Chipset`] makes all of it from a [`ChipsetConfig`] and claims its ports; each part also stands alone. So does the [`IoApic`], which a
+//! machine has only where the kernel's is not enough.
 
 pub mod clock;
 pub mod debug_console;
 pub mod i8042;
+pub mod io_apic;
 pub mod power;
 pub mod pvpanic;
 pub mod reset;
@@ -23,6 +25,7 @@ use crate::interrupt::InterruptLine;
 pub use clock::{Clock, HostClock};
 pub use debug_console::{DebugConsole, DebugSink};
 pub use i8042::I8042;
+pub use io_apic::{IoApic, PinMessages};
 pub use power::{ApmPorts, PowerManagement};
 pub use pvpanic::{PVPANIC_ID, Pvpanic};
 pub use reset::{Port92, ResetControl};
