@@ -142,7 +142,7 @@ pub struct VmInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<u64>,
     /// vCPUs that exist now.
-    pub vcpus: u8,
+    pub vcpus: u16,
     /// The pseudo-terminal of the serial console, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]

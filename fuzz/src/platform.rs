@@ -239,7 +239,7 @@ impl Machine {
 /// ACPI tables, made of where the guest has put configuration space and BARs when it asks for them.
 fn tables(bridge: Arc<HostBridge>, root: &Arc<Root>, generation: &Arc<GenerationId>) -> Tables {
     let generation = Some(Arc::clone(generation));
-    let facts = Facts { pvpanic: true, watchdog: true, tpm: true, numa: Vec::new(), generation };
+    let facts = Facts { pvpanic: true, watchdog: true, tpm: true, pc_chips: true, numa: Vec::new(), generation };
     Tables { apic_ids: vec![0, 1], ram: TOLD_RAM, facts, bridge, root: Some(Arc::downgrade(root)) }
 }
 

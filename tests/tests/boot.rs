@@ -9,7 +9,7 @@ use rackvisor_api::state::{Action, VmState};
 use rackvisor_tests::{Kernel, Rackvisor, Tiny, assert_nothing_more, check_tables, linux, linux_that_runs, needs_kvm};
 
 /// Boots a Linux; checks what it finds.
-fn boots(kernel: Kernel, cpus: u8, memory: ByteSize) {
+fn boots(kernel: Kernel, cpus: u16, memory: ByteSize) {
     let script = "nproc; grep MemTotal: /proc/meminfo; dmesg | grep BIOS-e820";
     let mut config = linux_that_runs(script, "poweroff");
     config.boot.as_mut().unwrap().kernel = Some(kernel.path());

@@ -7,15 +7,16 @@ use super::hyperv::HypervConfig;
 use crate::problem::{Pointer, Problem};
 
 /// The most vCPUs a VM can have.
-pub const MAX_CPUS: u8 = 254;
+pub const MAX_CPUS: u16 = 1024;
 
 /// The virtual processors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpusConfig {
-    /// How many vCPUs.
-    #[schema(minimum = 1, maximum = 254, default = 1)]
-    pub count: u8,
+    /// How many vCPUs. Where one has an APIC ID above 254 (each socket, core and thread number has its own bits, so three cores count as
+    /// four), the VM has neither 8259 interrupt controllers nor an 8254 timer, and its host needs KVM_CAP_SPLIT_IRQCHIP.
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    pub count: u16,
     /// How the guest sees them arranged; default: one socket of `count` cores of one thread.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology: Option<Topology>,
@@ -70,19 +71,19 @@ impl std::fmt::Display for CpuModelName {
 pub struct Topology {
     /// Packages.
     #[serde(default = "one")]
-    #[schema(minimum = 1, maximum = 254, default = 1)]
-    pub sockets: u8,
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    pub sockets: u16,
     /// Cores of each package.
     #[serde(default = "one")]
-    #[schema(minimum = 1, maximum = 254, default = 1)]
-    pub cores: u8,
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    pub cores: u16,
     /// Threads of each core.
     #[serde(default = "one")]
-    #[schema(minimum = 1, maximum = 254, default = 1)]
-    pub threads: u8,
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    pub threads: u16,
 }
 
-fn one() -> u8 {
+fn one() -> u16 {
     1
 }
 
@@ -123,8 +124,8 @@ impl CpusConfig {
         let Some(Topology { sockets, cores, threads }) = self.topology else {
             return Ok(());
         };
-        let product = u32::from(sockets) * u32::from(cores) * u32::from(threads);
-        if product != u32::from(self.count) {
+        let product = u64::from(sockets) * u64::from(cores) * u64::from(threads);
+        if product != u64::from(self.count) {
             return Err(Problem::invalid(
                 &at.key("topology"),
                 format!(

@@ -88,7 +88,7 @@ pub(super) fn check(nodes: &[NumaNode], cpus: &CpusConfig, memory: &MemoryConfig
         let detail = format!("{} NUMA nodes are too many", nodes.len());
         return Err(Problem::invalid(at, detail, format!("define at most {MAX_NODES}")));
     }
-    let mut missing: Vec<u16> = (0..u16::from(cpus.count)).collect();
+    let mut missing: Vec<u16> = (0..cpus.count).collect();
     for (index, node) in nodes.iter().enumerate() {
         let at = at.index(index);
         node.check(index, nodes.len(), memory, &at)?;

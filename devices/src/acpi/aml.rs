@@ -154,7 +154,7 @@ fn lpc(config: &AcpiConfig) -> Raw {
 
 fn clock() -> Raw {
     let ports = IO::new(chipset::RTC_BASE, chipset::RTC_BASE, 1, 2);
-    let interrupt = Interrupt::new(true, true, false, false, chipset::RTC_IRQ);
+    let interrupt = Interrupt::new(true, true, false, false, u32::from(chipset::RTC_IRQ));
     raw(&Device::new("RTC_".into(), vec![&hid("PNP0B00"), &crs(vec![&ports, &interrupt])]))
 }
 
@@ -168,7 +168,7 @@ fn pvpanic() -> Raw {
 
 fn serial_port() -> Raw {
     let ports = IO::new(chipset::COM1_BASE, chipset::COM1_BASE, 8, 8);
-    let interrupt = Interrupt::new(true, true, false, false, chipset::COM1_IRQ);
+    let interrupt = Interrupt::new(true, true, false, false, u32::from(chipset::COM1_IRQ));
     raw(&Device::new("COM1".into(), vec![&hid("PNP0501"), &uid(1), &crs(vec![&ports, &interrupt])]))
 }
 

@@ -61,7 +61,7 @@ pub(super) fn fadt(config: &AcpiConfig) -> Vec<u8> {
         // Flat logical mode ends at 8 processors.
         fadt = fadt.flag(Flags::ForceApicClusterModel);
     }
-    fadt.sci_int = u16::try_from(chipset::SCI_IRQ).unwrap_or_default().into();
+    fadt.sci_int = u16::from(chipset::SCI_IRQ).into();
     fadt.smi_cmd = u32::from(chipset::APM_BASE).into();
     fadt.acpi_enable = chipset::ACPI_ENABLE;
     fadt.acpi_disable = chipset::ACPI_DISABLE;
@@ -100,7 +100,7 @@ pub(super) fn madt(config: &AcpiConfig) -> Vec<u8> {
     const PCAT_COMPAT: u32 = 1;
     let mut body = Vec::new();
     body.extend(AcpiConfig::LOCAL_APIC.to_le_bytes());
-    body.extend(PCAT_COMPAT.to_le_bytes());
+    body.extend(if config.pc_chips { PCAT_COMPAT } else { 0 }.to_le_bytes());
     for (uid, &apic_id) in (0u32..).zip(&config.apic_ids) {
         local_apic(&mut body, uid, apic_id);
     }
@@ -108,9 +108,12 @@ pub(super) fn madt(config: &AcpiConfig) -> Vec<u8> {
     body.extend([1, 12, config.ioapic_id, 0]);
     body.extend(config.ioapic.to_le_bytes());
     body.extend(0u32.to_le_bytes());
-    // The PIT is wired to pin 2, edge, active high, as on ISA; the SCI is a level, active high.
-    source_override(&mut body, 0, 2, 0);
-    source_override(&mut body, 9, chipset::SCI_IRQ, 0b1101);
+    if config.pc_chips {
+        // The PIT is wired to pin 2, edge, active high, as on ISA.
+        source_override(&mut body, 0, 2, 0);
+    }
+    // The SCI is a level, active high.
+    source_override(&mut body, chipset::SCI_IRQ, u32::from(chipset::SCI_IRQ), 0b1101);
     // NMI is LINT1 of all.
     body.extend([4, 6, 0xff, 0, 0, 1]);
     if config.apic_ids.iter().any(|&id| id > LAST_XAPIC_ID) {

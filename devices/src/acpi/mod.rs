@@ -86,6 +86,8 @@ pub struct AcpiConfig {
     pub ioapic: u32,
     /// Its ID.
     pub ioapic_id: u8,
+    /// Whether there are the 8259 interrupt controllers and the 8254 timer of a PC.
+    pub pc_chips: bool,
     /// Whether there is a TPM ([`crate::tpm`]).
     pub tpm: bool,
     /// The page with the generation ID ([`crate::generation`]), if there is one.

@@ -15,6 +15,7 @@ fn config(processors: u32) -> AcpiConfig {
         watchdog: true,
         ioapic: AcpiConfig::IOAPIC,
         ioapic_id: 0,
+        pc_chips: true,
         tpm: false,
         generation_id: None,
         numa: Vec::new(),
@@ -209,7 +210,20 @@ fn apic_ids_above_254_get_x2apic_entries() {
     let entries = madt_entries(table(&placed, b"APIC"));
     let kinds: Vec<u8> = entries.iter().map(|entry| entry[0]).collect();
     assert_eq!(kinds, [0, 0, 9, 9, 1, 2, 2, 4, 10]);
-    assert_eq!((u32_at(entries[3], 4), u32_at(entries[3], 12)), (300, 3));
+    assert_eq!(entries[1], [0, 8, 1, 254, 1, 0, 0, 0]);
+    assert_eq!(entries[3], [9, 16, 0, 0, 44, 1, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0], "ID 300, UID 3");
+    assert_eq!(entries[7], [4, 6, 0xff, 0, 0, 1]);
+    assert_eq!(entries[8], [10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0]);
+}
+
+#[test]
+fn without_the_chips_of_a_pc_nothing_is_said_of_them() {
+    let placed = placed(&AcpiConfig { pc_chips: false, ..config(3) });
+    let madt = table(&placed, b"APIC");
+    assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 0));
+    let entries = madt_entries(madt);
+    assert_eq!(entries[4], [2, 10, 0, 9, 9, 0, 0, 0, 13, 0]);
+    assert_eq!(entries.len(), 6);
 }
 
 /// Two nodes; the second one has a processor whose ID is too large for an xAPIC.
@@ -241,7 +255,8 @@ fn the_srat_lists_processors_and_memory_of_each_node_and_the_slit_the_distances(
     }
     assert_eq!(entries[0], [0, 16, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(entries[1][..5], [0, 16, 0, 254, 1]);
-    assert_eq!((entries[2][0], u32_at(entries[2], 4), u32_at(entries[2], 8), entries[2][12]), (2, 1, 255, 1));
+    let wide = [2, 24, 0, 0, 1, 0, 0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(entries[2], wide, "domain 1, ID 255");
     let memory = |entry: &[u8]| (entry[0], u32_at(entry, 2), u64_at(entry, 8), u64_at(entry, 16), u32_at(entry, 28));
     assert_eq!(memory(entries[3]), (1, 0, 0, 0xa_0000, 1));
     assert_eq!(memory(entries[4]), (1, 0, 1 << 30, 1 << 30, 1));
@@ -288,6 +303,7 @@ fn the_dsdt_stays_small() {
     assert!(size(1) < 700, "{} bytes", size(1));
     assert!(size(101) - size(1) <= 100 * 32, "{} bytes for each processor", (size(101) - size(1)) / 100);
     assert!(placed(&config(254)).image.len() < 0x10000, "the E segment holds tables for 254 processors");
+    assert!(placed(&config(1024)).image.len() < 0x10000, "and for 1024");
 }
 
 /// Runs iasl; gives its output, or fails the test with it.

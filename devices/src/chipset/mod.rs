@@ -39,11 +39,11 @@ pub const PM_BASE: u16 = 0x600;
 /// Ports of the power management block.
 pub const PM_LENGTH: u16 = 0x80;
 /// The interrupt (ISA IRQ and GSI) of the SCI: level, active high.
-pub const SCI_IRQ: u32 = 9;
+pub const SCI_IRQ: u8 = 9;
 /// First port of the serial port COM1.
 pub const COM1_BASE: u16 = 0x3f8;
 /// The interrupt (ISA IRQ and GSI) of COM1: edge, active high.
-pub const COM1_IRQ: u32 = 4;
+pub const COM1_IRQ: u8 = 4;
 /// Port of the reset control register. It lies within the ports of PCI configuration mechanism 1.
 pub const RESET_PORT: u16 = 0xcf9;
 /// Written to [`RESET_PORT`] for a full reset: the FADT's RESET_VALUE.
@@ -57,7 +57,7 @@ pub const ACPI_DISABLE: u8 = 3;
 /// First port of the RTC.
 pub const RTC_BASE: u16 = 0x70;
 /// The interrupt (ISA IRQ and GSI) of the RTC: edge, active high.
-pub const RTC_IRQ: u32 = 8;
+pub const RTC_IRQ: u8 = 8;
 /// CMOS byte that holds the century: the FADT's CENTURY.
 pub const RTC_CENTURY: u8 = 0x32;
 /// Port of pvpanic.

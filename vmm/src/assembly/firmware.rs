@@ -86,7 +86,7 @@ impl Firmware {
         let flash = Flash::new(images.vars, Box::new(vars), store, &*host.spawner, Arc::clone(&host.notifier));
         let flash = Arc::new(flash.map_err(FirmwareError::Start)?);
         let source = Box::new(move || board.tables.files());
-        let fw_cfg = FwCfg::new(board.memory, u16::from(config.cpus.count), files(config)?, source);
+        let fw_cfg = FwCfg::new(board.memory, config.cpus.count, files(config)?, source);
         let fw_cfg = Arc::new(fw_cfg.with_live_files(live_files(wanted, board.generation, board.smi)));
         registers.insert(vars_base, flash.size(), Arc::clone(&flash) as _).map_err(|e| failed(&e))?;
         let conflict = |e| AssemblyError::host("fw_cfg")(&e);

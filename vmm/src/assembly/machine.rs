@@ -11,14 +11,14 @@ use rackvisor_devices::virtio::rng::VirtioRng;
 
 use super::console::LiveConsole;
 use super::inventory::Inventory;
-use super::platform::{self, Platform};
+use super::platform::{self, Platform, Processors};
 use super::{AssemblyError, DeviceBusy, DeviceStart, Host, balloon, disks, nics, tpm};
 use crate::boot::loading::Loading;
 use crate::boot::{BootImages, LoadedImages};
 use crate::cpu::metrics::VcpuSetMetrics;
-use crate::cpu::{NewVcpus, VcpuSet};
+use crate::cpu::{self, NewVcpus, VcpuSet};
 use crate::kvm;
-use crate::kvm::chipset::ChipsetState;
+use crate::kvm::chipset::{ChipsetState, Irqchip};
 use crate::kvm::interrupts::KvmMsis;
 use crate::memory::Ram;
 
@@ -30,7 +30,8 @@ pub struct Machine {
     console: LiveConsole,
     /// What a direct boot loads, and the configuration that its tables follow from.
     direct: Option<Direct>,
-    chipset_state: ChipsetState,
+    /// What of the chipset is in the kernel, besides local APICs.
+    chipset_state: Option<ChipsetState>,
     vm: Arc<VmFd>,
     ram: Ram,
 }
@@ -65,12 +66,15 @@ impl Machine {
         if smm {
             kvm::smm::check(&kvm)?;
         }
-        let vm = kvm::create_vm(&kvm, &ram, smm)?;
+        let apic_ids = cpu::apic_ids(&config.cpus);
+        let irqchip = Irqchip::reaching(&apic_ids);
+        let vm = kvm::create_vm(&kvm, &ram, smm, irqchip)?;
         let new_vcpus = NewVcpus::create(&kvm, &vm, &config.cpus, by_firmware)?;
-        let apic_ids = new_vcpus.apic_ids.clone();
+        let msis = KvmMsis::new(Arc::clone(&vm), irqchip).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let console = LiveConsole::open(&config.serial, host)?;
         let tpm = tpm::open(config.tpm.as_ref(), host)?;
-        let mut platform = platform::build(config, &vm, &apic_ids, &console, host, tpm, &mut ram)?;
+        let processors = Processors { vm: &vm, apic_ids: &apic_ids, irqchip, msis: &msis };
+        let mut platform = platform::build(config, &processors, &console, host, tpm, &mut ram)?;
         platform.add_firmware(config, host, &vm, ram.shared(), &apic_ids)?;
         let mut inventory = Inventory::new(console.pty_path());
         inventory.clock = Some(platform.live_clock());
@@ -78,14 +82,13 @@ impl Machine {
         inventory.parts.tpm = platform.tpm().map(Tpm::metrics);
         inventory.parts.metrics.extend(inventory.parts.tpm.clone());
         inventory.generation = platform.generation().cloned();
-        let msis = KvmMsis::new(Arc::clone(&vm)).map_err(|e| AssemblyError::host("interrupt routes")(&e))?;
         let sockets = Sockets { host, ram: &ram, msis, platform: &platform };
         attach_devices(config, &sockets, &mut inventory)?;
         platform.assign_bars()?;
         let vcpus = new_vcpus.start(&platform.for_vcpus(), &host.vcpu_events, &*host.spawner)?;
         inventory.parts.vcpus = vcpus.metrics();
         inventory.parts.metrics.push(Arc::new(VcpuSetMetrics(vcpus.metrics())));
-        let chipset_state = ChipsetState::save(&vm)?;
+        let chipset_state = (irqchip == Irqchip::Kernel).then(|| ChipsetState::save(&vm)).transpose()?;
         let (direct, loaded) = match loading.map(Loading::finish).transpose()? {
             Some((images, loaded)) => (Some(Direct { images, config: config.clone(), apic_ids }), Some(loaded)),
             None => (None, None),
@@ -153,7 +156,9 @@ impl Machine {
     /// [`AssemblyError`]; the guest must not be started then.
     pub fn reset(&mut self) -> Result<(), AssemblyError> {
         self.platform.reset()?;
-        self.chipset_state.restore(&self.vm)?;
+        if let Some(state) = &self.chipset_state {
+            state.restore(&self.vm)?;
+        }
         if self.platform.wants_memory_overwrite() {
             self.ram.clear()?;
         }

@@ -8,9 +8,10 @@ use rackvisor_api::problem::{Pointer, Problem};
 use rackvisor_devices::GuestMemory;
 use rackvisor_devices::bus::{Bus, BusError};
 use rackvisor_devices::chipset::{
-    COM1_IRQ, Chipset, ChipsetConfig, DebugSink, PowerManagement, RTC_IRQ, RtcTimer, SCI_IRQ,
+    COM1_IRQ, Chipset, ChipsetConfig, DebugSink, IoApic, PowerManagement, RTC_IRQ, RtcTimer, SCI_IRQ, io_apic,
 };
 use rackvisor_devices::generation::GenerationId;
+use rackvisor_devices::interrupt::InterruptLine;
 use rackvisor_devices::pci::bridge::{HostBridge, LpcBridge};
 use rackvisor_devices::pci::smram::Smram;
 use rackvisor_devices::pci::{PciFunction, Root};
@@ -24,7 +25,8 @@ use super::tables::Facts;
 use super::{AssemblyError, Host, clock, numa, tables};
 use crate::cpu::model::default_phys_bits;
 use crate::cpu::vcpu;
-use crate::kvm::interrupts::KvmLine;
+use crate::kvm::chipset::Irqchip;
+use crate::kvm::interrupts::{KvmLine, KvmMsis};
 use crate::kvm::ioevents::KvmIoEvents;
 use crate::kvm::smm::{KvmSmis, KvmSmram};
 use crate::memory::{Ram, layout};
@@ -40,6 +42,7 @@ pub struct Platform {
     smis: KvmSmis,
     root: Arc<Root>,
     chipset: Chipset,
+    io_apic: Option<Arc<IoApic>>,
     bridge: Arc<HostBridge>,
     firmware: Option<Firmware>,
     tpm: Option<Tpm>,
@@ -53,14 +56,40 @@ pub struct Platform {
     ram_size: u64,
 }
 
-/// Builds the platform of `vm`.
+/// The vCPUs, and how interrupts reach them.
+pub struct Processors<'a> {
+    /// KVM's VM.
+    pub vm: &'a Arc<VmFd>,
+    /// APIC IDs in order of index.
+    pub apic_ids: &'a [u32],
+    /// What reaches these.
+    pub irqchip: Irqchip,
+    /// Sends messages to them.
+    pub msis: &'a KvmMsis,
+}
+
+impl Processors<'_> {
+    /// The I/O APIC, if it is ours.
+    fn io_apic(&self) -> Option<Arc<IoApic>> {
+        (self.irqchip == Irqchip::Split).then(|| Arc::new(IoApic::new(Box::new(self.msis.clone()))))
+    }
+
+    /// The line of the chipset with this number, which `io_apic` has if it is ours.
+    fn line(&self, gsi: u8, io_apic: Option<&Arc<IoApic>>) -> Arc<dyn InterruptLine> {
+        match io_apic {
+            Some(io_apic) => io_apic.line(gsi),
+            None => Arc::new(KvmLine::new(Arc::clone(self.vm), u32::from(gsi))),
+        }
+    }
+}
+
+/// Builds the platform around `processors`.
 ///
 /// # Errors
 /// [`AssemblyError::Host`] if two parts claim the same registers, which is a bug of the VMM.
 pub fn build(
     config: &VmConfig,
-    vm: &Arc<VmFd>,
-    apic_ids: &[u32],
+    processors: &Processors<'_>,
     console: &LiveConsole,
     host: &Host,
     tpm: Option<Tpm>,
@@ -72,7 +101,9 @@ pub fn build(
     check_addresses(config)?;
     let ram_below_4g = ram_size.min(layout::RAM_32BIT_END);
     let clock_offset = clock::offset(config.clock);
-    let line = |gsi| Arc::new(KvmLine::new(Arc::clone(vm), gsi));
+    let Processors { vm, apic_ids, .. } = processors;
+    let io_apic = processors.io_apic();
+    let line = |gsi| processors.line(gsi, io_apic.as_ref());
     let chipset = Chipset::new(ChipsetConfig {
         ram_below_4g,
         ram_above_4g: ram_size - ram_below_4g,
@@ -90,6 +121,9 @@ pub fn build(
     let root = Arc::new(Root::new(Arc::clone(&mmio), Arc::clone(&pio), Arc::new(KvmIoEvents(Arc::clone(vm)))));
     let conflict = |e| AssemblyError::host("chipset")(&e);
     chipset.attach(&pio).map_err(conflict)?;
+    if let Some(io_apic) = &io_apic {
+        mmio.insert(u64::from(layout::IOAPIC), io_apic::LENGTH, Arc::clone(io_apic) as _).map_err(conflict)?;
+    }
     root.claim_config_ports(Some(Arc::clone(&chipset.reset_control) as _)).map_err(conflict)?;
     let mut bridge = HostBridge::new((!by_firmware).then_some(layout::ECAM), root.ecam());
     if smm {
@@ -116,6 +150,7 @@ pub fn build(
         pvpanic: config.pvpanic,
         watchdog: chipset.watchdog.is_some(),
         tpm: tpm.is_some(),
+        pc_chips: io_apic.is_none(),
         numa: numa::nodes(config, apic_ids),
         generation: generation.clone(),
     };
@@ -128,6 +163,7 @@ pub fn build(
         mmio,
         root,
         chipset,
+        io_apic,
         bridge,
         firmware: None,
         tpm,
@@ -195,6 +231,7 @@ impl Platform {
             smm_mmio: Arc::clone(&self.smm_mmio),
             pci: Arc::clone(&self.root),
             smis: self.smis.clone(),
+            io_apic: self.io_apic.clone(),
         }
     }
 
@@ -284,6 +321,9 @@ impl Platform {
     /// [`AssemblyError::Host`] if a device is still busy.
     pub fn reset(&self) -> Result<(), AssemblyError> {
         self.chipset.reset();
+        if let Some(io_apic) = &self.io_apic {
+            io_apic.reset();
+        }
         if let Some(firmware) = &self.firmware {
             firmware.reset();
         }

@@ -31,6 +31,8 @@ pub struct Facts {
     pub watchdog: bool,
     /// Whether there is a TPM.
     pub tpm: bool,
+    /// Whether there are the 8259 interrupt controllers and the 8254 timer of a PC.
+    pub pc_chips: bool,
     /// vCPUs and memory by node; empty: nothing is said of nodes.
     pub numa: Vec<Node>,
     /// The generation ID.
@@ -74,6 +76,7 @@ impl Platform {
             pvpanic: self.facts.pvpanic,
             watchdog: self.facts.watchdog,
             tpm: self.facts.tpm,
+            pc_chips: self.facts.pc_chips,
             numa: self.facts.numa.clone(),
             generation_id: self.facts.generation.as_ref().map(|id| match &self.root {
                 None => GenerationPage::At(layout::GENERATION_PAGE),
@@ -133,7 +136,7 @@ fn placed_above_4g(root: &Root) -> Option<Window> {
 pub fn smbios(config: &VmConfig) -> Smbios {
     let wanted = &config.smbios;
     let topology = config.cpus.topology();
-    let (cores, threads) = (u16::from(topology.cores), u16::from(topology.threads));
+    let (cores, threads) = (topology.cores, topology.threads);
     let text = |text: &Option<String>, default: &str| text.clone().unwrap_or_else(|| default.to_owned());
     Smbios::new(&SmbiosInfo {
         manufacturer: text(&wanted.manufacturer, "Rackvisor"),
@@ -144,7 +147,7 @@ pub fn smbios(config: &VmConfig) -> Smbios {
         family: wanted.family.clone(),
         asset_tag: wanted.asset_tag.clone(),
         uuid: wanted.uuid.map(|uuid| uuid.bytes()),
-        processors: Processors { sockets: u16::from(topology.sockets), cores, threads: cores * threads },
+        processors: Processors { sockets: topology.sockets, cores, threads: cores * threads },
         memory: config.memory.size.bytes(),
     })
 }

@@ -5,7 +5,8 @@ use kvm_ioctls::Kvm;
 use rackvisor_api::config::{CpuModelName, CpusConfig, HypervFeatures};
 
 use super::topology::ApicIds;
-use super::{CpuError, hyperv, model};
+use super::{CpuError, apic_ids, hyperv, model};
+use crate::kvm::chipset::Irqchip;
 use crate::kvm::{KvmError, refused};
 
 const LEAF_FEATURES: u32 = 0x1;
@@ -23,6 +24,8 @@ const LEAF_AMD_SVM: u32 = 0x8000_000a;
 const LEAF_AMD_CACHES: u32 = 0x8000_001d;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 
+/// Messages and the I/O APIC have 15 bits for the destination (KVM_FEATURE_MSI_EXT_DEST_ID).
+const EAX_EXTENDED_DESTINATION: u32 = 1 << 15;
 const ECX_VMX: u32 = 1 << 5;
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -55,12 +58,16 @@ impl CpuModel {
         model.nest(&host, config.nested)?;
         let bits = config.phys_bits.or(model::default_phys_bits(config.model));
         model.limit_addresses(&host, bits)?;
+        let wide = Irqchip::reaching(&apic_ids(config)) == Irqchip::Split;
+        if wide {
+            model.extend_destinations();
+        }
         if let Some(features) = config.hyperv.features() {
             let missing = hyperv::missing(kvm, &features)?;
             if !missing.is_empty() {
                 return Err(CpuError::Hyperv(missing));
             }
-            model.show_hyperv(&features);
+            model.show_hyperv(&features, wide);
         }
         Ok(model)
     }
@@ -107,8 +114,15 @@ impl CpuModel {
         Ok(())
     }
 
-    /// Hyper-V's leaves in the place of KVM's, which move or go.
-    fn show_hyperv(&mut self, features: &HypervFeatures) {
+    /// Tells that every APIC ID can be the destination of an interrupt.
+    fn extend_destinations(&mut self) {
+        for entry in self.entries.iter_mut().filter(|entry| entry.function == LEAF_KVM_FEATURES) {
+            entry.eax |= EAX_EXTENDED_DESTINATION;
+        }
+    }
+
+    /// Hyper-V's leaves in the place of KVM's, which move or go. With `wide` they tell of extended destinations as well.
+    fn show_hyperv(&mut self, features: &HypervFeatures, wide: bool) {
         self.entries.retain(|entry| {
             let kvm = matches!(entry.function, LEAF_HYPERVISOR | LEAF_KVM_FEATURES);
             entry.function != LEAF_TIMING && (features.kvm || !kvm)
@@ -122,6 +136,7 @@ impl CpuModel {
             }
         }
         self.entries.extend(hyperv::leaves(features));
+        self.entries.extend(hyperv::extended_destinations().into_iter().filter(|_| wide));
     }
 
     fn new(supported: Vec<kvm_cpuid_entry2>, ids: ApicIds, tsc_khz: u32) -> Self {
@@ -165,7 +180,7 @@ impl CpuModel {
             }
             LEAF_INTEL_CACHES if entry.eax & 0x1f != 0 => {
                 let sharing = if entry.eax >> 5 & 7 < 3 { per_core } else { per_socket };
-                entry.eax = entry.eax & 0x3fff | (sharing - 1) << 14 | (per_socket / per_core - 1) << 26;
+                entry.eax = entry.eax & 0x3fff | (sharing - 1) << 14 | (per_socket / per_core - 1).min(63) << 26;
             }
             // KVM emulates neither energy bias nor turbo; always-running APIC timer stays.
             LEAF_POWER => {
@@ -233,10 +248,10 @@ mod tests {
 
     use super::*;
 
-    fn model(vendor: &[u8; 4], cores: u8, threads: u8) -> CpuModel {
+    fn model(vendor: &[u8; 4], cores: u16, threads: u16) -> CpuModel {
         let leaf = |function| kvm_cpuid_entry2 { function, ..Default::default() };
         let mut supported: Vec<_> =
-            [0, 1, 4, 0xb, 0x4000_0000, 0x8000_0001, 0x8000_0008, 0x8000_001e].into_iter().map(leaf).collect();
+            [0, 1, 4, 0xb, 0x4000_0000, 0x4000_0001, 0x8000_0001, 0x8000_0008, 0x8000_001e].into_iter().map(leaf).collect();
         supported[0].ebx = u32::from_le_bytes(*vendor);
         supported[2].eax = 0x121;
         CpuModel::new(supported, ApicIds::new(Topology { sockets: 2, cores, threads }), 2_000_000)
@@ -300,7 +315,7 @@ mod tests {
     fn a_hyper_v_takes_the_place_of_kvms_leaves_which_move_or_go() {
         let with = |features: &HypervFeatures| {
             let mut model = model(b"Genu", 1, 1);
-            model.show_hyperv(features);
+            model.show_hyperv(features, false);
             model.for_vcpu(0).unwrap()
         };
         let both = with(&HypervFeatures::default());
@@ -309,6 +324,29 @@ mod tests {
         let has = |cpuid: &CpuId, function| cpuid.as_slice().iter().any(|e| e.function == function);
         assert!(!has(&both, 0x4000_0010), "Windows reads the frequencies as MSRs");
         assert!(!has(&with(&HypervFeatures { kvm: false, ..HypervFeatures::default() }), 0x4000_0100));
+    }
+
+    #[test]
+    fn a_wide_topology_fits_every_leaf_and_extended_destinations_are_told_in_kvms_way_and_in_hyper_vs() {
+        for vendor in [b"Auth", b"Genu"] {
+            let ids = ApicIds::new(Topology { sockets: 2, cores: 300, threads: 1 });
+            let id = ids.of(599);
+            assert_eq!(id, 1 << 9 | 299);
+            let mut model = model(vendor, 300, 1);
+            assert_eq!(find(&model.for_vcpu(id).unwrap(), 0x4000_0001, 0).eax, 0);
+            model.extend_destinations();
+            let cpuid = model.for_vcpu(id).unwrap();
+            assert_eq!(find(&cpuid, 1, 0).ebx >> 16, (id & 0xff) << 8 | 255);
+            assert_eq!((find(&cpuid, 0xb, 1).ebx, find(&cpuid, 0xb, 1).edx), (300, id));
+            assert_eq!(find(&cpuid, 0x4000_0001, 0).eax, 1 << 15);
+            model.show_hyperv(&HypervFeatures::default(), true);
+            let cpuid = model.for_vcpu(id).unwrap();
+            assert_eq!(find(&cpuid, 0x4000_0101, 0).eax, 1 << 15);
+            assert_eq!(find(&cpuid, 0x4000_0081, 0).eax.to_le_bytes(), *b"VS#1");
+            assert_eq!(find(&cpuid, 0x4000_0082, 0).eax, 1 << 2);
+        }
+        let intel = model(b"Genu", 300, 1).for_vcpu(0).unwrap();
+        assert_eq!(find(&intel, 4, 0).eax >> 26, 63, "as many cores as there is room for");
     }
 
     #[test]

@@ -20,6 +20,12 @@ const LEAF_VERSION: u32 = 0x4000_0002;
 const LEAF_FEATURES: u32 = 0x4000_0003;
 const LEAF_RECOMMENDATIONS: u32 = 0x4000_0004;
 const LEAF_LIMITS: u32 = 0x4000_0005;
+/// Of what provides devices, which Hyper-V has apart from the hypervisor.
+const LEAF_STACK_VENDOR: u32 = 0x4000_0080;
+const LEAF_STACK_INTERFACE: u32 = 0x4000_0081;
+const LEAF_STACK_PROPERTIES: u32 = 0x4000_0082;
+/// HYPERV_VS_PROPERTIES_EAX_EXTENDED_IOAPIC_RTE.
+const STACK_EXTENDED_DESTINATION: u32 = 1 << 2;
 
 /// Windows Server 2016: build and version are not looked at by any known guest, but zero is no version.
 const BUILD: u32 = 14393;
@@ -118,6 +124,18 @@ pub fn leaves(features: &HypervFeatures) -> Vec<kvm_cpuid_entry2> {
         }
     }
     leaves
+}
+
+/// The leaves that tell of destinations of 15 bits in the I/O APIC and in messages: not in the specification, but in Linux'
+/// include/hyperv/hvgdk_mini.h.
+#[must_use]
+pub fn extended_destinations() -> [kvm_cpuid_entry2; 3] {
+    let text = |text: [u8; 4]| u32::from_le_bytes(text);
+    [
+        leaf(LEAF_STACK_VENDOR, [LEAF_STACK_PROPERTIES, text(*b"Micr"), text(*b"osof"), text(*b"t VS")]),
+        leaf(LEAF_STACK_INTERFACE, [text(*b"VS#1"), 0, 0, 0]),
+        leaf(LEAF_STACK_PROPERTIES, [STACK_EXTENDED_DESTINATION, 0, 0, 0]),
+    ]
 }
 
 /// The features of `wanted` that KVM lacks on this host, by their names in the configuration.

@@ -19,13 +19,16 @@ pub enum Exit {
     MmioWrite,
     /// KVM passed on something of the Hyper-V interface.
     Hyperv,
+    /// The guest has served an interrupt that our I/O APIC waits for.
+    EndOfInterrupt,
     /// The VMM wanted the vCPU.
     Signal,
     /// Anything else.
     Other,
 }
 
-const REASONS: [&str; 7] = ["port-read", "port-write", "mmio-read", "mmio-write", "hyperv", "signal", "other"];
+const REASONS: [&str; 8] =
+    ["port-read", "port-write", "mmio-read", "mmio-write", "hyperv", "end-of-interrupt", "signal", "other"];
 
 /// Exits that are remembered.
 const LAST: usize = 16;

@@ -16,8 +16,7 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rackvisor_api::config::{CpuModelName, CpusConfig};
 use rackvisor_devices::{ThreadKind, ThreadSpawner};
 use thiserror::Error;
@@ -29,12 +28,11 @@ use self::state::PowerOnState;
 use self::topology::ApicIds;
 use self::vcpu::{Command, EventSink, Platform, VcpuThread, kick_signal};
 use crate::boot::Entry;
+use crate::kvm::chipset::Irqchip;
 use crate::kvm::{KvmError, refused};
 
 /// A vCPU answers within microseconds; when it does not within this time, the host is in deep trouble.
 const ANSWER: Duration = Duration::from_secs(5);
-/// The highest APIC ID that an xAPIC can have.
-const MAX_XAPIC_ID: u32 = 254;
 
 /// Why vCPUs could not be made or commanded.
 #[derive(Debug, Error)]
@@ -87,7 +85,7 @@ pub enum CpuError {
     #[error("cannot start the thread of vCPU {index}: {source}; raise the limit of processes (pids.max, ulimit -u)")]
     Thread {
         /// Index of the vCPU.
-        index: u8,
+        index: u16,
         /// What the kernel answered.
         source: std::io::Error,
     },
@@ -95,21 +93,26 @@ pub enum CpuError {
     #[error("vCPU {index} did not answer within {} s", ANSWER.as_secs())]
     NoAnswer {
         /// Index of the vCPU.
-        index: u8,
+        index: u16,
     },
     /// The thread of a vCPU has ended.
     #[error("the thread of vCPU {index} has ended: the log says why")]
     Gone {
         /// Index of the vCPU.
-        index: u8,
+        index: u16,
     },
+}
+
+/// The local APIC IDs of the vCPUs that `config` asks for, in order of index.
+#[must_use]
+pub fn apic_ids(config: &CpusConfig) -> Vec<u32> {
+    let ids = ApicIds::new(config.topology());
+    (0..config.count).map(|index| ids.of(index)).collect()
 }
 
 /// KVM's vCPUs, made and given their CPUID, not running yet.
 pub struct NewVcpus {
     fds: Vec<(VcpuFd, PowerOnState)>,
-    /// APIC IDs in order of index.
-    pub apic_ids: Vec<u32>,
 }
 
 impl NewVcpus {
@@ -118,15 +121,8 @@ impl NewVcpus {
     /// # Errors
     /// [`CpuError`].
     pub fn create(kvm: &Kvm, vm: &VmFd, config: &CpusConfig, by_firmware: bool) -> Result<Self, CpuError> {
-        let ids = ApicIds::new(config.topology());
-        let apic_ids: Vec<u32> = (0..config.count).map(|index| ids.of(index)).collect();
+        let apic_ids = apic_ids(config);
         check_limits(kvm, &apic_ids)?;
-        if apic_ids.iter().any(|id| *id > MAX_XAPIC_ID) {
-            let flags = u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
-            let mut cap = kvm_enable_cap { cap: Cap::X2ApicApi as u32, ..Default::default() };
-            cap.args[0] = flags;
-            vm.enable_cap(&cap).map_err(refused("32-bit APIC IDs"))?;
-        }
         let hyperv = config.hyperv.features();
         let mut model = None;
         let fds = apic_ids.iter().map(|id| -> Result<_, CpuError> {
@@ -141,7 +137,7 @@ impl NewVcpus {
             fd.set_cpuid2(&model.for_vcpu(*id)?).map_err(refused("the CPUID of a vCPU"))?;
             state::lock_features(&fd, config.nested)?;
             if !by_firmware {
-                state::set_firmware_state(&fd)?;
+                state::set_firmware_state(&fd, Irqchip::reaching(&apic_ids))?;
             }
             if let Some(features) = &hyperv {
                 hyperv::prepare(kvm, &fd, features)?;
@@ -150,7 +146,7 @@ impl NewVcpus {
             let power_on = PowerOnState::save(kvm, &fd, more)?;
             Ok((fd, power_on))
         });
-        Ok(Self { fds: fds.collect::<Result<_, _>>()?, apic_ids })
+        Ok(Self { fds: fds.collect::<Result<_, _>>()? })
     }
 
     /// Starts a parked thread for each vCPU.
@@ -164,7 +160,7 @@ impl NewVcpus {
         spawner: &dyn ThreadSpawner,
     ) -> Result<VcpuSet, CpuError> {
         let mut set = VcpuSet { vcpus: Vec::with_capacity(self.fds.len()) };
-        for (index, (fd, power_on)) in (0u8..).zip(self.fds) {
+        for (index, (fd, power_on)) in (0u16..).zip(self.fds) {
             let (sender, commands) = mpsc::channel();
             let metrics = Arc::<VcpuMetrics>::default();
             let thread = VcpuThread {
@@ -199,7 +195,7 @@ fn check_limits(kvm: &Kvm, apic_ids: &[u32]) -> Result<(), CpuError> {
 }
 
 struct Vcpu {
-    index: u8,
+    index: u16,
     sender: Sender<Command>,
     handle: Option<JoinHandle<()>>,
     metrics: Arc<VcpuMetrics>,
@@ -270,7 +266,7 @@ impl VcpuSet {
         self.vcpus.iter().map(|vcpu| Arc::clone(&vcpu.metrics)).collect()
     }
 
-    fn all(&self, command: impl Fn(u8, mpsc::SyncSender<Result<(), KvmError>>) -> Command) -> Result<(), CpuError> {
+    fn all(&self, command: impl Fn(u16, mpsc::SyncSender<Result<(), KvmError>>) -> Command) -> Result<(), CpuError> {
         let answers = self.vcpus.iter().map(|vcpu| {
             let (done, answer) = mpsc::sync_channel(1);
             vcpu.command(command(vcpu.index, done));

@@ -7,6 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use crate::boot::{Entry, Mode};
+use crate::kvm::chipset::Irqchip;
 use crate::kvm::{KvmError, refused};
 
 const CR0_PE: u64 = 1;
@@ -19,6 +20,8 @@ const RFLAGS_FIXED: u64 = 1 << 1;
 
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_APIC_BASE: u32 = 0x1b;
+/// x2APIC mode.
+const APIC_BASE_EXTENDED: u64 = 1 << 10;
 const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
 const FEATURE_CONTROL_LOCKED: u64 = 1;
 const FEATURE_CONTROL_VMX: u64 = 1 << 2;
@@ -100,16 +103,22 @@ pub fn lock_features(vcpu: &VcpuFd, nested: bool) -> Result<(), KvmError> {
     write_msrs(vcpu, &[kvm_msr_entry { index: MSR_IA32_FEATURE_CONTROL, data, ..Default::default() }])
 }
 
-/// Sets what firmware sets on every CPU before an operating system runs: MTRRs, fast strings, the APIC's wiring.
+/// Sets what firmware sets on every CPU before an operating system runs: MTRRs, fast strings, the APIC's wiring, and its mode, which is
+/// x2APIC for all where one has an ID above 254 (Intel SDM vol. 3 §11.12.8.1): Linux takes no notice of that one otherwise.
 ///
 /// # Errors
 /// [`KvmError::Ioctl`].
-pub fn set_firmware_state(vcpu: &VcpuFd) -> Result<(), KvmError> {
+pub fn set_firmware_state(vcpu: &VcpuFd, irqchip: Irqchip) -> Result<(), KvmError> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     write_msrs(
         vcpu,
         &[entry(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WB)],
     )?;
+    if irqchip == Irqchip::Split {
+        let mut sregs = vcpu.get_sregs().map_err(refused("the mode of the local APIC"))?;
+        sregs.apic_base |= APIC_BASE_EXTENDED;
+        vcpu.set_sregs(&sregs).map_err(refused("the mode of the local APIC"))?;
+    }
     let mut lapic = vcpu.get_lapic().map_err(refused("the local APIC"))?;
     for (offset, mode) in [(LVT_LINT0, DELIVERY_EXTINT), (LVT_LINT1, DELIVERY_NMI)] {
         for (register, byte) in lapic.regs.iter_mut().skip(offset).zip(mode.to_le_bytes()) {

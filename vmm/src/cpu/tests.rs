@@ -13,9 +13,10 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::{EventSink, Platform, VcpuEvent, install_kick_handler};
-use super::{NewVcpus, VcpuSet};
+use super::{NewVcpus, VcpuSet, apic_ids};
 use crate::boot::{Entry, Mode};
 use crate::kvm;
+use crate::kvm::chipset::Irqchip;
 use crate::kvm::smm::KvmSmis;
 use crate::memory::Ram;
 
@@ -76,7 +77,7 @@ struct Guest {
 }
 
 /// `None`, said aloud, where there is no KVM.
-fn guest(code: &[u8], count: u8) -> Option<Guest> {
+fn guest(code: &[u8], count: u16) -> Option<Guest> {
     let kvm = match kvm::open() {
         Ok(kvm) => kvm,
         Err(error) => {
@@ -87,8 +88,9 @@ fn guest(code: &[u8], count: u8) -> Option<Guest> {
     install_kick_handler().unwrap();
     let ram = Ram::new(&MemoryConfig::new(ByteSize::mib(128)), &[]).unwrap();
     ram.map().write_slice(code, GuestAddress(CODE)).unwrap();
-    let vm = kvm::create_vm(&kvm, &ram, false).unwrap();
-    let new = NewVcpus::create(&kvm, &vm, &CpusConfig { count, ..CpusConfig::default() }, false).unwrap();
+    let config = CpusConfig { count, ..CpusConfig::default() };
+    let vm = kvm::create_vm(&kvm, &ram, false, Irqchip::Kernel).unwrap();
+    let new = NewVcpus::create(&kvm, &vm, &config, false).unwrap();
     let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
     let port = Arc::new(Recorder::default());
     pio.insert(PORT, 4, Arc::clone(&port) as _).unwrap();
@@ -96,8 +98,8 @@ fn guest(code: &[u8], count: u8) -> Option<Guest> {
     let pci = Arc::new(Root::new(Arc::clone(&mmio), Arc::clone(&pio), Arc::new(NoIoEvents)));
     let (sender, events) = channel();
     let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
-    let smis = KvmSmis::new(vm, &new.apic_ids);
-    let platform = Platform { pio, smm_mmio: Arc::clone(&mmio), mmio, pci, smis };
+    let smis = KvmSmis::new(vm, &apic_ids(&config));
+    let platform = Platform { pio, smm_mmio: Arc::clone(&mmio), mmio, pci, smis, io_apic: None };
     let vcpus = new.start(&platform, &sink, &PlainThreads).unwrap();
     let guest = Guest { vcpus, port, events, ram };
     guest.reset();

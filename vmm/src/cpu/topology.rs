@@ -3,7 +3,7 @@
 use rackvisor_api::config::Topology;
 
 /// Bits that number `count` things.
-fn width(count: u8) -> u32 {
+fn width(count: u16) -> u32 {
     u32::from(count).next_power_of_two().trailing_zeros()
 }
 
@@ -14,7 +14,7 @@ pub struct ApicIds {
 }
 
 impl ApicIds {
-    /// The scheme for `topology`, whose numbers are 1..=254 each.
+    /// The scheme for `topology`, whose numbers are 1..=1024 each.
     #[must_use]
     pub fn new(topology: Topology) -> Self {
         Self { topology }
@@ -22,7 +22,7 @@ impl ApicIds {
 
     /// The APIC ID of the vCPU with this index: threads count fastest, sockets slowest.
     #[must_use]
-    pub fn of(self, index: u8) -> u32 {
+    pub fn of(self, index: u16) -> u32 {
         let (threads, cores) = (self.topology.threads.max(1), self.topology.cores.max(1));
         let thread = u32::from(index % threads);
         let core = u32::from((index / threads) % cores);

@@ -15,6 +15,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rackvisor_devices::bus::{Bus, VmRequest};
+use rackvisor_devices::chipset::IoApic;
 use rackvisor_devices::pci::Root;
 
 use super::hyperv::CRASH_PARAMETERS;
@@ -66,6 +67,8 @@ pub struct Platform {
     pub pci: Arc<Root>,
     /// Raises system management interrupts.
     pub smis: KvmSmis,
+    /// Our I/O APIC, if KVM's is not used: it is told when interrupts have been served.
+    pub io_apic: Option<Arc<IoApic>>,
 }
 
 impl Platform {
@@ -107,7 +110,7 @@ pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
 /// A vCPU before its thread runs it.
 pub struct VcpuThread {
     /// Index of the vCPU.
-    pub index: u8,
+    pub index: u16,
     /// KVM's vCPU.
     pub fd: VcpuFd,
     /// The state that a reset returns to.
@@ -238,6 +241,13 @@ impl VcpuThread {
                 Ok(VcpuExit::MmioWrite(address, data)) => {
                     self.metrics.count_at(Exit::MmioWrite, address);
                     self.platform.mmio_of(run).write(address, data)
+                }
+                Ok(VcpuExit::IoapicEoi(vector)) => {
+                    self.metrics.count(Exit::EndOfInterrupt);
+                    if let Some(io_apic) = &self.platform.io_apic {
+                        io_apic.end_of_interrupt(vector);
+                    }
+                    None
                 }
                 Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {
                     self.metrics.count(Exit::Other);

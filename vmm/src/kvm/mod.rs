@@ -10,10 +10,11 @@ pub mod smm;
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use thiserror::Error;
 
+use self::chipset::Irqchip;
 use crate::memory::{Ram, Slot, layout, smram};
 
 /// Why KVM could not be used.
@@ -39,6 +40,12 @@ pub enum KvmError {
          CONFIG_KVM_SMM, or firmware without SMM (OVMF_CODE_4M.fd) and no boot.firmware.smm"
     )]
     NoSmm(&'static str),
+    /// Some APIC IDs cannot be reached.
+    #[error(
+        "this host's KVM lacks {0}, without which interrupts do not reach vCPUs with APIC IDs above 254: use Linux 4.7 or newer, \
+         or give the VM fewer `cpus.count`, or a `cpus.topology` whose numbers are powers of two"
+    )]
+    NoWideIds(&'static str),
     /// A capability is missing.
     #[error("this host's KVM lacks {0}: run `rackvisor doctor` for what to do")]
     Missing(&'static str),
@@ -111,12 +118,12 @@ fn map_ram(vm: &VmFd, space: AddressSpace, index: u32, part: Slot) -> Result<(),
     unsafe { vm.set_user_memory_region(region) }
 }
 
-/// Makes a VM with `ram`, the in-kernel interrupt controllers and the timer of a PC. With `smm`, RAM is there in system
+/// Makes a VM with `ram` and the part of the chipset that `irqchip` says is in the kernel. With `smm`, RAM is there in system
 /// management mode as well, and what that has for itself is in slots of its own outside.
 ///
 /// # Errors
 /// [`KvmError`]; nothing is left behind then.
-pub fn create_vm(kvm: &Kvm, ram: &Ram, smm: bool) -> Result<Arc<VmFd>, KvmError> {
+pub fn create_vm(kvm: &Kvm, ram: &Ram, smm: bool, irqchip: Irqchip) -> Result<Arc<VmFd>, KvmError> {
     let vm = kvm.create_vm().map_err(refused("a new VM"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("the identity map address"))?;
     vm.set_tss_address(layout::KVM_TSS).map_err(refused("the TSS address"))?;
@@ -126,8 +133,6 @@ pub fn create_vm(kvm: &Kvm, ram: &Ram, smm: bool) -> Result<Arc<VmFd>, KvmError>
     for (space, (part, index)) in normal.chain(inside) {
         map_ram(&vm, space, index, part).map_err(refused("a part of guest RAM"))?;
     }
-    vm.create_irq_chip().map_err(refused("the in-kernel interrupt controllers"))?;
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(refused("the in-kernel timer"))?;
+    irqchip.create(kvm, &vm)?;
     Ok(Arc::new(vm))
 }

@@ -83,8 +83,8 @@ impl KvmSmis {
     }
 
     /// Raises one of every vCPU but that with this index, which raises its own before its next instruction.
-    pub fn raise_all_but(&self, index: u8) {
-        for (_, id) in (0u8..).zip(&*self.apic_ids).filter(|(other, _)| *other != index) {
+    pub fn raise_all_but(&self, index: u16) {
+        for (_, id) in (0u16..).zip(&*self.apic_ids).filter(|(other, _)| *other != index) {
             let (low, high) = ((id & 0xff) << 12, id & !0xff);
             let message =
                 kvm_msi { address_lo: MSI_ADDRESS | low, address_hi: high, data: MSI_SMI, ..Default::default() };

@@ -40,7 +40,7 @@ pub const ECAM: u64 = 0xb000_0000;
 pub const ECAM_SIZE: u64 = 256 * MIB;
 /// 32-bit window for BARs.
 pub const PCI_32BIT: (u64, u64) = (0xc000_0000, 0x3c00_0000);
-/// In-kernel I/O APIC.
+/// I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Three pages that KVM needs on Intel hosts to run real mode, and one for its identity map.
 pub const KVM_TSS: usize = 0xfeff_d000;
