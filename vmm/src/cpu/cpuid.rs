@@ -250,8 +250,10 @@ mod tests {
 
     fn model(vendor: &[u8; 4], cores: u16, threads: u16) -> CpuModel {
         let leaf = |function| kvm_cpuid_entry2 { function, ..Default::default() };
-        let mut supported: Vec<_> =
-            [0, 1, 4, 0xb, 0x4000_0000, 0x4000_0001, 0x8000_0001, 0x8000_0008, 0x8000_001e].into_iter().map(leaf).collect();
+        let mut supported: Vec<_> = [0, 1, 4, 0xb, 0x4000_0000, 0x4000_0001, 0x8000_0001, 0x8000_0008, 0x8000_001e]
+            .into_iter()
+            .map(leaf)
+            .collect();
         supported[0].ebx = u32::from_le_bytes(*vendor);
         supported[2].eax = 0x121;
         CpuModel::new(supported, ApicIds::new(Topology { sockets: 2, cores, threads }), 2_000_000)
