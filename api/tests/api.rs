@@ -172,7 +172,7 @@ fn a_body_that_is_wrong_is_refused_with_the_place_of_the_mistake() {
     let good = full_config().to_string();
     for (from, to, code, pointer) in [
         ("\"count\":4", "\"count\":0", Code::InvalidValue, "/cpus/count"),
-        ("\"count\":4", "\"count\":300", Code::InvalidContent, "/cpus/count"),
+        ("\"count\":4", "\"count\":1025", Code::InvalidValue, "/cpus/count"),
         ("\"threads\":2", "\"threads\":1", Code::InvalidValue, "/cpus/topology"),
         ("\"2GiB\"", "\"2GB\"", Code::InvalidContent, "/memory/size"),
         ("\"2GiB\"", "\"129MiB\"", Code::InvalidValue, "/memory/size"),

@@ -131,26 +131,26 @@ fn linux_brings_up_16_vcpus() {
 }
 
 #[test]
-fn a_vm_has_up_to_254_vcpus() {
+fn a_vm_has_hundreds_of_vcpus_and_at_most_1024() {
     needs_kvm!();
     let vmm = Rackvisor::start();
     let before = vmm.census();
     let mut config = Tiny::says(b"I am the first").config(&vmm.path(""));
-    config.cpus.count = 254;
+    config.cpus.count = 300;
     let mut guest = vmm.boot_with_console(&config);
     guest.read_until("I am the first");
     let threads = vmm.census().threads;
-    for index in 0..254 {
+    for index in 0..300 {
         assert_eq!(threads.get(&format!("vcpu{index}")), Some(&1), "vCPU {index}");
     }
-    assert_eq!(vmm.client.describe().unwrap().vcpus, 254);
+    assert_eq!(vmm.client.describe().unwrap().vcpus, 300);
     vmm.client.act(Action::Pause).unwrap();
     vmm.client.act(Action::Resume).unwrap();
     vmm.client.act(Action::Nmi).unwrap();
     assert_eq!(vmm.client.act(Action::Shutdown).unwrap().vcpus, 0);
     assert_nothing_more(vmm.pid(), &before);
 
-    config.cpus.count = 255;
+    config.cpus.count = 1025;
     let refused = vmm.client.define(&config).unwrap_err();
     assert_eq!(refused.code(), Some(Code::InvalidValue), "{refused}");
 }

@@ -209,10 +209,10 @@ fn a_disk_that_grows_is_shown_with_its_new_size() {
 }
 
 #[test]
-fn a_vm_of_254_vcpus_runs_and_a_topology_that_needs_x2apic_ids_too() {
+fn a_vm_of_1024_vcpus_runs_and_a_topology_that_needs_x2apic_ids_too() {
     let Some(place) = Place::new() else { return };
     let shape = Topology { sockets: 84, cores: 3, threads: 1 };
-    for (count, topology) in [(254, None), (252, Some(shape))] {
+    for (count, topology) in [(254, None), (252, Some(shape)), (1024, None)] {
         let mut config = place.config(SPIN);
         config.cpus = CpusConfig { count, topology, ..CpusConfig::default() };
         let vm = Vm::define(config).unwrap();
@@ -220,6 +220,7 @@ fn a_vm_of_254_vcpus_runs_and_a_topology_that_needs_x2apic_ids_too() {
         assert_eq!(vm.describe().unwrap().vcpus, count);
         vm.act(Action::Pause).unwrap();
         vm.act(Action::Resume).unwrap();
+        vm.act(Action::Reset).unwrap();
     }
 }
 

@@ -13,8 +13,8 @@ pub const MAX_CPUS: u16 = 1024;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpusConfig {
-    /// How many vCPUs. Where one has an APIC ID above 254 (each socket, core and thread number has its own bits, so three cores count as
-    /// four), the VM has neither 8259 interrupt controllers nor an 8254 timer, and its host needs KVM_CAP_SPLIT_IRQCHIP.
+    /// How many vCPUs, 1 to 1024. Where one has an APIC ID above 254, in which socket, core and thread number have bits of their own
+    /// (so that three cores take as many IDs as four), the VM has no 8259 interrupt controllers and no 8254 timer.
     #[schema(minimum = 1, maximum = 1024, default = 1)]
     pub count: u16,
     /// How the guest sees them arranged; default: one socket of `count` cores of one thread.

@@ -81,6 +81,12 @@ pub enum CpuError {
         /// What there is.
         there: u32,
     },
+    /// No descriptor could be had.
+    #[error("no descriptor is left for vCPU {index}: raise the limit of open files (ulimit -n, LimitNOFILE=)")]
+    Descriptors {
+        /// Index of the vCPU.
+        index: usize,
+    },
     /// No thread could be had.
     #[error("cannot start the thread of vCPU {index}: {source}; raise the limit of processes (pids.max, ulimit -u)")]
     Thread {
@@ -125,8 +131,11 @@ impl NewVcpus {
         check_limits(kvm, &apic_ids)?;
         let hyperv = config.hyperv.features();
         let mut model = None;
-        let fds = apic_ids.iter().map(|id| -> Result<_, CpuError> {
-            let fd = vm.create_vcpu(u64::from(*id)).map_err(refused("a new vCPU"))?;
+        let fds = apic_ids.iter().enumerate().map(|(index, id)| -> Result<_, CpuError> {
+            let fd = vm.create_vcpu(u64::from(*id)).map_err(|error| match error.errno() {
+                libc::EMFILE | libc::ENFILE => CpuError::Descriptors { index },
+                _ => refused("a new vCPU")(error).into(),
+            })?;
             let model = match &model {
                 Some(model) => model,
                 None => {

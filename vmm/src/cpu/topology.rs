@@ -61,14 +61,26 @@ mod tests {
 
     #[test]
     fn apic_ids_are_unique_for_every_shape_and_plain_where_the_counts_are_powers_of_two() {
-        for (sockets, cores, threads) in [(1, 1, 1), (1, 254, 1), (2, 127, 1), (127, 1, 2), (3, 5, 2), (254, 1, 1)] {
+        for (sockets, cores, threads) in [
+            (1, 1, 1),
+            (1, 254, 1),
+            (2, 127, 1),
+            (127, 1, 2),
+            (3, 5, 2),
+            (254, 1, 1),
+            (1024, 1, 1),
+            (5, 5, 5),
+            (11, 93, 1),
+        ] {
             let ids = ApicIds::new(Topology { sockets, cores, threads });
             let count = sockets * cores * threads;
             let mut seen: Vec<_> = (0..count).map(|i| ids.of(i)).collect();
             seen.sort_unstable();
             seen.dedup();
             assert_eq!(seen.len(), usize::from(count));
+            assert!(seen.iter().all(|id| *id < 1 << 12), "KVM has 4096 IDs");
         }
+        assert_eq!(ApicIds::new(Topology { sockets: 5, cores: 5, threads: 5 }).of(124), 292);
         let ids = ApicIds::new(Topology { sockets: 2, cores: 4, threads: 2 });
         assert_eq!((0..16).map(|i| ids.of(i)).collect::<Vec<_>>(), (0..16).collect::<Vec<_>>());
         let ids = ApicIds::new(Topology { sockets: 2, cores: 3, threads: 1 });

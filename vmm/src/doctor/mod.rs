@@ -13,12 +13,13 @@ use crate::cpu::hyperv;
 use crate::kvm;
 
 /// Capabilities without which a VM runs, but worse.
-const WANTED: [(Cap, &str, &str); 7] = [
+const WANTED: [(Cap, &str, &str); 8] = [
     (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_ANY_LENGTH", "kicks take the slow path: use Linux 4.4 or newer"),
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER", "guest timers cost more exits: use a newer host kernel"),
     (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ", "the guest has to measure its TSC: use a host with a constant TSC"),
     (Cap::KvmclockCtrl, "KVM_CAP_KVMCLOCK_CTRL", "guests may report soft lockups after a pause"),
-    (Cap::X2ApicApi, "KVM_CAP_X2APIC_API", "no APIC IDs above 254: give big VMs a flat topology"),
+    (Cap::X2ApicApi, "KVM_CAP_X2APIC_API", "no APIC IDs above 254: use Linux 4.7 or newer"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP", "likewise: use Linux 4.4 or newer"),
     (Cap::X86Smm, "KVM_CAP_X86_SMM", "no firmware with SMM (boot.firmware.smm): use a host kernel with CONFIG_KVM_SMM"),
     (Cap::Xcrs, "KVM_CAP_XCRS", "no AVX for guests: the host CPU lacks XSAVE"),
 ];

@@ -234,3 +234,34 @@ fn a_reset_masks_every_pin_and_leaves_the_lines_to_their_owners() {
     bench.program(9, LEVEL | 0x52);
     assert_eq!(bench.sent(), [9], "it was asserted all the time");
 }
+
+#[test]
+fn whatever_a_guest_does_a_pin_sends_only_the_message_of_its_entry_and_a_masked_one_nothing() {
+    let bench = Bench::new();
+    let mut random = 1u64;
+    let mut next = || {
+        random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        (random >> 33) as u32
+    };
+    let mut routed = [None; PINS];
+    for _ in 0..50_000 {
+        let (pin, value) = (next() as u8 % 24, next());
+        match next() % 4 {
+            0 => bench.write(next() as u8, value),
+            1 => bench.write(TABLE + next() as u8 % 48, value & 0xfe00_aff3),
+            2 => bench.set(pin, value & 1 == 0),
+            _ => bench.io_apic.end_of_interrupt(value as u8 & 0xf3),
+        }
+        for (pin, message) in bench.routes() {
+            routed[usize::from(pin)] = Some(message);
+        }
+        for pin in bench.sent() {
+            let state = bench.io_apic.state().pins[usize::from(pin)];
+            assert!(!state.has(MASKED), "pin {pin}");
+            assert_eq!(routed[usize::from(pin)], Some(state.message()), "pin {pin}");
+        }
+        for pin in bench.io_apic.state().pins {
+            assert!(pin.has(LEVEL) || !pin.has(REMOTE_IRR), "{:#x}", pin.entry);
+        }
+    }
+}
