@@ -125,12 +125,8 @@ pub fn build(
         mmio.insert(u64::from(layout::IOAPIC), io_apic::LENGTH, Arc::clone(io_apic) as _).map_err(conflict)?;
     }
     root.claim_config_ports(Some(Arc::clone(&chipset.reset_control) as _)).map_err(conflict)?;
-    let mut bridge = HostBridge::new((!by_firmware).then_some(layout::ECAM), root.ecam());
-    if smm {
-        let mib = u16::try_from(layout::tseg(ram_size).1 >> 20).unwrap_or(u16::MAX);
-        bridge = bridge.with_smram(Smram::new(Box::new(KvmSmram::new(Arc::clone(vm), ram)?), mib));
-    }
-    let bridge = Arc::new(bridge);
+    let smram = smm.then(|| KvmSmram::new(Arc::clone(vm), ram)).transpose()?;
+    let bridge = Arc::new(host_bridge(by_firmware, smram, ram_size, &root));
     let function = Arc::clone(&bridge) as Arc<dyn PciFunction>;
     let lpc = Arc::new(LpcBridge::new(Arc::clone(&chipset.smi)));
     let plugged = |(slot, function)| root.insert(slot, function).map_err(|e| AssemblyError::host("chipset")(&e));
@@ -173,6 +169,14 @@ pub fn build(
         _clock: timer,
         ram_size,
     })
+}
+
+/// The MCH; with the memory of system management mode if there is any.
+fn host_bridge(by_firmware: bool, smram: Option<KvmSmram>, ram_size: u64, root: &Root) -> HostBridge {
+    let bridge = HostBridge::new((!by_firmware).then_some(layout::ECAM), root.ecam());
+    let Some(smram) = smram else { return bridge };
+    let mib = u16::try_from(layout::tseg(ram_size).1 >> 20).unwrap_or(u16::MAX);
+    bridge.with_smram(Smram::new(Box::new(smram), mib))
 }
 
 /// Its registers, and the memory by which the guest's system asks the firmware for what only somebody present may ask.
