@@ -134,11 +134,8 @@ pub fn build(
     if let Some(serial) = &chipset.serial {
         console.set_input(Arc::clone(serial) as _);
     }
-    let generation = config.generation_id.map(|id| {
-        let power = Arc::clone(&chipset.power);
-        let page = (!by_firmware).then_some(u64::from(layout::GENERATION_PAGE));
-        Arc::new(GenerationId::new(page, id.memory(), ram.shared(), power))
-    });
+    let page = (!by_firmware).then_some(u64::from(layout::GENERATION_PAGE));
+    let generation = generation(config, page, &chipset, ram);
     if let Some(tpm) = &tpm {
         plug_tpm(tpm, &mmio).map_err(conflict)?;
     }
@@ -169,6 +166,12 @@ pub fn build(
         _clock: timer,
         ram_size,
     })
+}
+
+/// The identity that changes with each restore, at `page` or wherever the firmware puts it.
+fn generation(config: &VmConfig, page: Option<u64>, chipset: &Chipset, ram: &Ram) -> Option<Arc<GenerationId>> {
+    let id = config.generation_id?;
+    Some(Arc::new(GenerationId::new(page, id.memory(), ram.shared(), Arc::clone(&chipset.power))))
 }
 
 /// The MCH; with the memory of system management mode if there is any.
