@@ -166,7 +166,9 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::virtio::double::{Buffer, EVENT_IDX, INDIRECT_DESC, RecordedNotifier, TestDriver, UNMAPPED, Used};
+    use crate::virtio::double::{
+        Buffer, EVENT_IDX, INDIRECT_DESC, RecordedNotifier, TestDriver, UNMAPPED, Used, stop_within,
+    };
     use crate::{DeviceEvent, PlainThreads};
 
     const SOON: Duration = Duration::from_secs(20);
@@ -183,14 +185,7 @@ mod tests {
         device.stop().unwrap_or_else(|_| {
             // `Drained` of an earlier stop may be seen again: ask until it is true.
             notifier.wait(SOON, |event| *event == DeviceEvent::Drained).expect("the device says when it has drained");
-            let end = Instant::now() + SOON;
-            loop {
-                match device.stop() {
-                    Ok(queues) => return queues,
-                    Err(busy) => assert!(Instant::now() < end, "{busy}"),
-                }
-                std::thread::yield_now();
-            }
+            stop_within(device, SOON)
         })
     }
 
