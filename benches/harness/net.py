@@ -2,6 +2,7 @@
 others are stopped meanwhile. In each guest the second processor serves the NIC's interrupts and runs iperf3, the first one all else:
 where the guest's scheduler would put them is chance, and makes more of a difference than machines do."""
 
+import glob
 import json
 import os
 import re
@@ -42,6 +43,8 @@ FIRST = 4000
 STEPS = 4
 LOSS = 1
 STEP = 1
+# the threads that are a guest's processors, as each machine calls them
+VCPU = re.compile(r"(fc_)?vcpu *\d+|CPU \d+/KVM")
 ROUND_TRIP = re.compile(r"time=([0-9.]+) ms")
 
 
@@ -199,6 +202,24 @@ def arguments():
     return parser.parse_args()
 
 
+def processors():
+    """Those for the guests' processors, and those for all else."""
+    ours = sorted(os.sched_getaffinity(0))
+    half = len(ours) // 2
+    return set(ours[:half]), set(ours[half:])
+
+
+def place(pid, helpers):
+    """Has the threads of a machine, and the kernel's for it, run where they are to."""
+    guests, others = processors()
+    for task in glob.glob(f"/proc/{pid}/task/*"):
+        with open(f"{task}/comm", encoding="utf-8") as file:
+            is_processor = VCPU.match(file.read())
+        os.sched_setaffinity(int(os.path.basename(task)), guests if is_processor else others)
+    for thread in helpers:
+        os.sched_setaffinity(thread, others)
+
+
 class Machine:
     """A machine with its guest and tap, ready to be measured until it is closed. It runs only while it is measured."""
 
@@ -228,9 +249,7 @@ class Machine:
             agent.run("(while :; do iperf3 -s -A 1; done >/dev/null 2>&1 &)")
             self.folder = next(iter(kvm_folders() - folders), None)
             self.helpers = vhost_threads() - threads
-            for thread in self.helpers:
-                # on the processors that everybody has: the laboratory has one that nobody else may use
-                os.sched_setaffinity(thread, os.sched_getaffinity(0))
+            place(self.running.process.pid, self.helpers)
             self.running.halt()
         except Silent:
             self.close()
@@ -250,6 +269,8 @@ class Machine:
         # not into a pipe, which nobody reads meanwhile: ping would stop when it is full
         self.said.seek(0)
         self.said.truncate()
+        _, others = processors()
+        command = ["taskset", "--cpu-list", ",".join(map(str, sorted(others))), *command]
         started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.said, stderr=subprocess.STDOUT, text=True)
         time.sleep(wait)
         return started

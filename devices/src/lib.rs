@@ -27,6 +27,7 @@ mod socket;
 mod syscall;
 pub mod throttle;
 pub mod tpm;
+mod uring;
 pub mod virtio;
 
 use std::io;

@@ -97,10 +97,16 @@ impl Limiter {
         self.limited.store(limits != Limits::default(), Ordering::Release);
     }
 
+    /// Whether there are any limits.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.limited.load(Ordering::Acquire)
+    }
+
     /// How long the next request has to wait, if it has to.
     #[must_use]
     pub fn wait(&self, now: Instant) -> Option<Duration> {
-        if !self.limited.load(Ordering::Acquire) {
+        if !self.is_on() {
             return None;
         }
         let now = self.nanoseconds(now);
@@ -112,7 +118,7 @@ impl Limiter {
 
     /// A request with this many bytes has started.
     pub fn charge(&self, bytes: u64, now: Instant) {
-        if !self.limited.load(Ordering::Acquire) {
+        if !self.is_on() {
             return;
         }
         let now = self.nanoseconds(now);

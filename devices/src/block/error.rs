@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::reservation::ReservationError;
+use crate::uring::UringError;
 
 /// Why a disk could not be made. Each message names the object and the remedy.
 #[derive(Debug, Error)]
@@ -172,4 +173,11 @@ pub enum RescanError {
         /// Size that it has.
         to: u64,
     },
+}
+
+impl From<UringError> for BlockError {
+    fn from(error: UringError) -> Self {
+        let UringError { what, error } = error;
+        Self::Uring { what, error }
+    }
 }

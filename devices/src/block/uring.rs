@@ -30,6 +30,7 @@ use super::backend::{BlockBackend, Completion, Event, Geometry, Operation, Reque
 use super::error::BlockError;
 use super::file::LockedFile;
 use super::metrics::QueueMetrics;
+use crate::uring::disabled_ring;
 
 /// The file that all requests are for, as it is registered.
 const DISK: types::Fixed = types::Fixed(0);
@@ -95,7 +96,7 @@ impl UringBackend {
         depth: u16,
         metrics: Arc<QueueMetrics>,
     ) -> Result<Self, BlockError> {
-        let ring = build(u32::from(depth) + SPARE_ENTRIES)?;
+        let ring = disabled_ring(u32::from(depth) + SPARE_ENTRIES)?;
         let failed = |what| move |error| BlockError::Uring { what, error };
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe).map_err(failed("asking for operations"))?;
@@ -348,27 +349,6 @@ fn write_flags(operation: Operation) -> i32 {
         Operation::Write { stable: true } => libc::RWF_DSYNC,
         _ => 0,
     }
-}
-
-/// A disabled ring with as much of what is cheap as the kernel knows.
-fn build(entries: u32) -> Result<IoUring, BlockError> {
-    let deferred = IoUring::builder()
-        .setup_r_disabled()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .setup_clamp()
-        .build(entries);
-    let ring = deferred.or_else(|error| match error.raw_os_error() {
-        Some(libc::EINVAL) => IoUring::builder().setup_r_disabled().setup_clamp().build(entries),
-        _ => Err(error),
-    });
-    let ring = ring.map_err(|error| BlockError::Uring { what: "making a ring", error })?;
-    if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
-        let error = io::ErrorKind::Unsupported.into();
-        return Err(BlockError::Uring { what: "features of the ring", error });
-    }
-    Ok(ring)
 }
 
 impl BlockBackend for UringBackend {

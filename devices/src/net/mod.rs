@@ -8,6 +8,7 @@
 //! lifecycle before it.
 
 mod announce;
+mod batch;
 mod coalescing;
 mod control;
 mod counters;

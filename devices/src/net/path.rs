@@ -12,6 +12,7 @@ use std::time::Instant;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
+use super::batch::Batch;
 use super::counters::PairCounters;
 use super::features;
 use super::features::bit;
@@ -174,9 +175,14 @@ impl Path {
 
     /// Does some of what there is to do, in our own way, which is to send only where the pair is not in use: each direction
     /// says whether there is more to do at once. [`Path::rest`] comes next.
-    pub(super) fn serve(&mut self, context: &Context<'_>, moderation: &mut Moderation) -> [Result<bool, RingError>; 2] {
+    pub(super) fn serve(
+        &mut self,
+        context: &Context<'_>,
+        moderation: &mut Moderation,
+        batch: &mut Batch,
+    ) -> [Result<bool, RingError>; 2] {
         if !context.in_use {
-            return [self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context, moderation)), Ok(false)];
+            return [self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context, moderation, batch)), Ok(false)];
         }
         // First of all, so that what is thrown away cannot be an answer to what the driver sends now.
         if self.purge_turns > 0
@@ -188,7 +194,7 @@ impl Path {
                 return [Ok(true), Ok(false)];
             }
         }
-        let sent = self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context, moderation));
+        let sent = self.tx.as_mut().map_or(Ok(false), |tx| tx.service(context, moderation, batch));
         let received = self.rx.as_mut().map_or(Ok(false), |rx| rx.service(context));
         let sorted = self.rx.as_ref().is_none_or(|rx| !rx.readable);
         self.sort_turns = if sorted { 0 } else { self.sort_turns.saturating_sub(1) };

@@ -26,6 +26,7 @@ const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNGETVNETHDRSZ: libc::c_ulong = 0x8004_54d7;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNGETSNDBUF: libc::c_ulong = 0x8004_54d3;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
 const TUNATTACHFILTER: libc::c_ulong = 0x4010_54d5;
 const TUNDETACHFILTER: libc::c_ulong = 0x4010_54d6;
@@ -94,6 +95,12 @@ pub(super) fn header_size(fd: BorrowedFd<'_>) -> io::Result<i32> {
 /// Sets the size of the header before each frame, in bytes.
 pub(super) fn set_header_size(fd: BorrowedFd<'_>, mut size: i32) -> io::Result<()> {
     int_ioctl(fd, TUNSETVNETHDRSZ, &mut size)
+}
+
+/// Whether the tap takes frames however many the host has not dealt with yet, which is how taps are made: then it never is full.
+pub(super) fn takes_any_number(fd: BorrowedFd<'_>) -> bool {
+    let mut bytes = 0;
+    int_ioctl(fd, TUNGETSNDBUF, &mut bytes).is_ok() && bytes == libc::c_int::MAX
 }
 
 /// What may be left undone (checksums, segmentation) in frames that are read from the tap: `TUN_F_*`.
@@ -271,11 +278,12 @@ impl Segments {
         Ok(())
     }
 
-    /// Puts `start`, which is sent instead of the first bytes of the frame, before the rest of it. The caller keeps it where it is
-    /// until the frame was sent. Nothing happens if the segments hold less.
-    pub(super) fn replace_start(&mut self, start: &mut [u8]) {
+    /// Puts `start`, which is sent instead of the first bytes of the frame that begins with segment `first`, before the rest of
+    /// it. The caller keeps it where it is until the frame was sent. Nothing happens if the segments hold less.
+    pub(super) fn replace_start(&mut self, first: usize, start: &mut [u8]) {
+        let frame = self.list.get(first..).unwrap_or_default();
         let mut left = start.len();
-        let gone = self.list.iter().take_while(|segment| match left.checked_sub(segment.iov_len) {
+        let gone = frame.iter().take_while(|segment| match left.checked_sub(segment.iov_len) {
             Some(rest) => {
                 left = rest;
                 true
@@ -283,21 +291,27 @@ impl Segments {
             None => false,
         });
         let gone = gone.count();
-        self.list.drain(..gone);
-        if let Some(first) = self.list.first_mut().filter(|_| left > 0) {
-            first.iov_base = first.iov_base.wrapping_byte_add(left);
-            first.iov_len -= left;
+        if let Some(rest) = self.list.get_mut(first + gone).filter(|_| left > 0) {
+            rest.iov_base = rest.iov_base.wrapping_byte_add(left);
+            rest.iov_len -= left;
         }
-        self.list.insert(0, libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });
+        let start = libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() };
+        self.list.splice(first..first + gone, [start]);
     }
 
-    /// Sends the segments as one frame; says how many bytes were taken.
-    pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let count = self.list.len().min(MAX_SEGMENTS);
+    /// `count` segments from `first` on, MAX_SEGMENTS at most, as the kernel takes them.
+    pub(super) fn vectors(&self, first: usize, count: usize) -> &[libc::iovec] {
+        let last = first.saturating_add(count.min(MAX_SEGMENTS));
+        self.list.get(first..last).unwrap_or_default()
+    }
+
+    /// Sends `count` segments from `first` on as one frame; says how many bytes were taken.
+    pub(super) fn write_to(&self, fd: BorrowedFd<'_>, first: usize, count: usize) -> io::Result<usize> {
+        let vectors = self.vectors(first, count);
+        let count = libc::c_int::try_from(vectors.len()).unwrap_or(0);
         // SAFETY: every segment lies in guest RAM that is mapped as long as its map lives, which the caller holds. The kernel
         // only reads it; the guest may change it meanwhile, which the kernel copes with.
-        let done =
-            unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), libc::c_int::try_from(count).unwrap_or(0)) };
+        let done = unsafe { libc::writev(fd.as_raw_fd(), vectors.as_ptr(), count) };
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 

@@ -9,7 +9,7 @@ mod lifecycle;
 mod limits;
 mod netkvm;
 mod pace;
-mod real;
+pub(super) mod real;
 mod receive;
 mod steering;
 mod transmit;

@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::{EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::announce::{self, Rounds};
+use super::batch::Batch;
 use super::control::Control;
 use super::counters::{PairCounters, Passed};
 use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit};
@@ -129,6 +130,8 @@ pub(super) struct Worker {
     watches: Watches,
     /// The kernel's data path, where the card is to use it.
     vhost: Option<Vhost>,
+    /// Frames on their way to the tap.
+    batch: Batch,
     running: Option<Running>,
     carrier: bool,
     /// [`Shared::purges`] as it was seen last.
@@ -173,6 +176,7 @@ impl Worker {
             stopped,
             watches,
             vhost,
+            batch: Batch::new(),
             running: None,
             carrier: true,
             purges: 0,
@@ -194,6 +198,7 @@ impl Worker {
         };
         let mut events = [EpollEvent::default(); 8];
         let mut more = false;
+        self.batch.prepare();
         self.follow_link();
         loop {
             self.set_timer(counters);
@@ -325,6 +330,7 @@ impl Worker {
         if std::mem::replace(&mut self.tap_generation, generation) == generation {
             return;
         }
+        self.batch.follow(tap);
         if let Some(running) = &mut self.running {
             // What the kernel met may have been the end of the former one.
             running.path.allow_kernel();
@@ -415,6 +421,7 @@ impl Worker {
             self.watches.add(control.lane.kick.as_raw_fd(), Token::ControlKick, EventSet::IN);
         }
         running.path.watch(&self.watches, tap);
+        self.batch.follow(tap);
         self.running = Some(running);
     }
 
@@ -495,13 +502,13 @@ impl Worker {
             // What the driver had sent by it already: Linux does so until its command is answered, and never sends again what
             // a card holds back.
             if let Some(first) = shared.tap.queue(0) {
-                more |= running.serve_frames(shared, counters, first, false);
+                more |= running.serve_frames(shared, counters, first, false, &mut self.batch);
             }
             running.path.flush(&running.map, counters);
             return more;
         }
         let was_blocked = running.path.is_blocked();
-        more |= running.serve_frames(shared, counters, tap, true);
+        more |= running.serve_frames(shared, counters, tap, true, &mut self.batch);
         if running.path.is_blocked() && !was_blocked {
             // Looks at the tap anew: it may have become writable before it was asked to tell. Once only: frames that
             // wait in the tap are an event each time.
@@ -540,7 +547,14 @@ impl Running {
         })
     }
 
-    fn serve_frames(&mut self, shared: &Shared, counters: &PairCounters, tap: BorrowedFd<'_>, in_use: bool) -> bool {
+    fn serve_frames(
+        &mut self,
+        shared: &Shared,
+        counters: &PairCounters,
+        tap: BorrowedFd<'_>,
+        in_use: bool,
+        batch: &mut Batch,
+    ) -> bool {
         let offloads = shared.offloads.load(Ordering::Relaxed);
         let segmented = bit(GUEST_TSO4) | bit(GUEST_TSO6) | bit(GUEST_USO4) | bit(GUEST_USO6);
         let header = shared.tap.header();
@@ -559,7 +573,7 @@ impl Running {
             hasher: self.hasher.1.as_ref().as_ref().filter(|_| self.reports),
         };
         let before = counters.passed();
-        let [sent, received] = self.path.serve(&context, &mut self.pace.moderation);
+        let [sent, received] = self.path.serve(&context, &mut self.pace.moderation, batch);
         let more = settle(shared, &self.signals, sent) | settle(shared, &self.signals, received);
         learn(&mut self.pace, self.slept, &context, counters.passed().since(before));
         if more {

@@ -6,6 +6,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::*;
 use crate::NoNotifier;
+use crate::net::batch::Batch;
 use crate::net::counters::PairCounters;
 use crate::net::filter::Filter;
 use crate::net::lane::Lane;
@@ -84,7 +85,8 @@ impl Rig {
     }
 
     fn service(&mut self, moderation: &mut Moderation) {
-        assert!(!self.with(|tx, context| tx.service(context, moderation)).unwrap());
+        let batch = &mut Batch::new();
+        assert!(!self.with(|tx, context| tx.service(context, moderation, batch)).unwrap());
     }
 
     fn rest(&mut self, pace: &mut Pace) -> bool {

@@ -11,7 +11,7 @@ const ETH_P_ALL: u16 = 3;
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 /// Runs `test` in a thread with a network namespace of its own; its threads inherit it.
-pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(in crate::net) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let ran = std::thread::spawn(move || {
         // SAFETY: no pointers; affects this thread only.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 || !std::path::Path::new("/dev/net/tun").exists() {
@@ -205,6 +205,37 @@ fn frames_with_headers_that_the_kernel_refuses_are_dropped_and_counted() {
         let good = ethernet(true, 100, 2);
         card.send(&good);
         assert_eq!(wire.receive(), good);
+    });
+}
+
+#[test]
+fn frames_that_were_there_together_leave_in_order_without_those_that_are_not_to() {
+    in_namespace(|| {
+        let mut card = Card::real("rvtest0", 1, MERGE);
+        let wire = Wire::new("rvtest0", false);
+        let refused = [0, 0x7f, 54, 0, 0, 2, 0, 0, 0, 0, 0, 0];
+        for number in 0..60u8 {
+            // Some the kernel refuses, some the card does.
+            let header = if number % 7 == 3 { refused } else { [0; HEADER_SIZE] };
+            let length = if number % 11 == 5 { 5 } else { 60 + 20 * usize::from(number) };
+            let data = [&header[..], &ethernet(true, 1400, number)[..length]].concat();
+            let address = card.driver.allocate(data.len() as u64, 1);
+            card.driver.write(address, &data);
+            let (first, rest) = (u64::from(number) % 12 + 1, data.len() as u32 - u32::from(number) % 12 - 1);
+            card.driver
+                .ring(TX)
+                .stage(&[Buffer::readable(address, first as u32), Buffer::readable(address + first, rest)]);
+        }
+        card.driver.ring(TX).publish();
+        card.driver.ring(TX).kick();
+        for _ in 0..60 {
+            card.used(TX);
+        }
+        for number in (0..60u8).filter(|number| number % 7 != 3 && number % 11 != 5) {
+            assert_eq!(wire.receive(), ethernet(true, 1400, number)[..60 + 20 * usize::from(number)]);
+        }
+        card.wait_count("net_tx_drops", "malformed", 5);
+        card.wait_count("net_tx_drops", "refused", 8);
     });
 }
 
@@ -528,7 +559,7 @@ fn taps_that_cannot_be_used_are_refused_by_name_and_with_a_remedy() {
     });
 }
 
-fn open_tap_with(flags: u16) -> OwnedFd {
+pub(in crate::net) fn open_tap_with(flags: u16) -> OwnedFd {
     let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
     sys::set_interface(file.as_fd(), "rvtest8", flags).unwrap();
     file.into()
