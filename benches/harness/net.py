@@ -1,6 +1,7 @@
 """Traffic between guests and their host over taps. All machines are started, and measured one after the other, in turn; the
-others are stopped meanwhile. In each guest the second processor serves the NIC's interrupts and runs iperf3, the first one all else:
-where the guest's scheduler would put them is chance, and makes more of a difference than machines do."""
+others are stopped meanwhile. In each guest the second processor serves the NIC's interrupts and runs iperf3, the first one all else;
+on the host one half of the processors is for the guests', the other for all else. Where schedulers would put them is chance, which
+lasts for seconds, and makes more of a difference than machines do."""
 
 import glob
 import json

@@ -77,6 +77,16 @@ fn options(tap: Tap, queue_pairs: u16) -> NetOptions {
     }
 }
 
+/// Receives what the guest sent, also where the kernel interrupts that: a thread that made a ring of io_uring is, when that ends.
+fn take(host: &UnixDatagram, data: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match host.recv(data) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            taken => return taken,
+        }
+    }
+}
+
 impl Card {
     /// A card that is not started.
     fn parked(pairs: u16, ring_size: u16, features: u64) -> Self {
@@ -110,7 +120,7 @@ impl Card {
         self.send(b"are you there?  ");
         if let Some(host) = self.host.first() {
             let mut data = [0; 64];
-            host.recv(&mut data).unwrap();
+            take(host, &mut data).unwrap();
         }
         self.driver.ring(TX).wait_used(SOON).unwrap();
     }

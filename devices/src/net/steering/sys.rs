@@ -77,9 +77,15 @@ pub(super) fn load_program(instructions: &[Instruction], log: &mut [u8]) -> io::
         kern_version: 0,
         prog_flags: 0,
     };
-    // SAFETY: these are the attributes of PROG_LOAD; the pointers are to slices with their lengths and to a string that ends
-    // with a zero, all of which outlive the call.
-    let fd = unsafe { bpf(PROG_LOAD, &mut attributes)? };
+    let fd = loop {
+        // SAFETY: these are the attributes of PROG_LOAD; the pointers are to slices with their lengths and to a string that
+        // ends with a zero, all of which outlive the call.
+        match unsafe { bpf(PROG_LOAD, &mut attributes) } {
+            // The verifier was interrupted, as by the end of a ring of io_uring that this thread made.
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            loaded => break loaded?,
+        }
+    };
     // SAFETY: the descriptor was just made and belongs to nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

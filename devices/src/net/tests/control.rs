@@ -68,13 +68,13 @@ fn queue_pairs_are_used_when_the_driver_says_so_and_not_otherwise() {
     assert_eq!(command(&mut card, control, &[4, 0, 0, 0]), 1);
     assert_eq!(command(&mut card, control, &[4, 0, 2, 0]), 0);
     send(&mut card, 1);
-    assert_eq!(card.host[1].recv(&mut data).unwrap(), 100);
+    assert_eq!(take(&card.host[1], &mut data).unwrap(), 100);
     for pairs in [4, 3, 1, 2, 4, 1, 3, 3] {
         assert_eq!(command(&mut card, control, &[4, 0, pairs, 0]), 0);
         assert_eq!(card.device.handle().state().active_pairs, u16::from(pairs));
     }
     send(&mut card, 2);
-    assert_eq!(card.host[2].recv(&mut data).unwrap(), 100);
+    assert_eq!(take(&card.host[2], &mut data).unwrap(), 100);
     assert_eq!(card.used(5).length, 0);
     let (head, _) = {
         let address = card.driver.allocate(BUFFER.into(), 1);
@@ -101,9 +101,9 @@ fn what_the_driver_sends_by_a_pair_that_goes_out_of_use_is_sent_by_the_first_que
         card.used(7);
         card.used(7);
         card.host[3].set_nonblocking(true).unwrap();
-        let by_its_own = usize::from(card.host[3].recv(&mut data).is_ok());
+        let by_its_own = usize::from(take(&card.host[3], &mut data).is_ok());
         for _ in by_its_own..2 {
-            assert_eq!(card.host[0].recv(&mut data).unwrap(), 100);
+            assert_eq!(take(&card.host[0], &mut data).unwrap(), 100);
         }
     }
 }

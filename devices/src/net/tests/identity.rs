@@ -97,7 +97,7 @@ fn a_forged_address_does_not_leave_a_card_that_may_not_forge() {
     card.send(&[&OTHER[..], &MAC[..5]].concat());
     card.send(&own);
     let mut data = [0; 256];
-    let length = card.host[0].recv(&mut data).unwrap();
+    let length = take(&card.host[0], &mut data).unwrap();
     assert_eq!(data[HEADER_SIZE..length], own);
     for _ in 0..3 {
         card.used(TX);
@@ -112,7 +112,7 @@ fn a_forged_address_does_not_leave_a_card_that_may_not_forge() {
         let rest = Buffer::readable(address + cut as u64, (whole.len() - cut) as u32);
         card.driver.ring(TX).add(&[Buffer::readable(address, cut as u32), rest]);
         card.driver.ring(TX).kick();
-        let length = card.host[0].recv(&mut data).unwrap();
+        let length = take(&card.host[0], &mut data).unwrap();
         assert_eq!(data[..length], whole, "cut after {cut} bytes");
         card.used(TX);
     }
@@ -131,7 +131,7 @@ fn an_announcement_is_five_reverse_arps_and_as_many_requests_to_the_driver() {
     card.device.handle().announce();
     let mut data = [0; 256];
     for _ in 0..5 {
-        let length = card.host[0].recv(&mut data).unwrap();
+        let length = take(&card.host[0], &mut data).unwrap();
         let frame = &data[HEADER_SIZE..length];
         assert_eq!((&frame[..6], &frame[6..12], &frame[12..14]), (&[0xff; 6][..], &MAC[..], &[0x80, 0x35][..]));
     }
@@ -150,10 +150,10 @@ fn a_card_without_a_driver_announces_itself_and_one_without_a_link_does_not() {
     card.device.handle().announce();
     let mut data = [0; 256];
     for _ in 0..5 {
-        assert_eq!(card.host[0].recv(&mut data).unwrap(), HEADER_SIZE + 60);
+        assert_eq!(take(&card.host[0], &mut data).unwrap(), HEADER_SIZE + 60);
     }
     card.device.handle().set_link(false);
     card.device.handle().announce();
     card.host[0].set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-    assert!(card.host[0].recv(&mut data).is_err());
+    assert!(take(&card.host[0], &mut data).is_err());
 }

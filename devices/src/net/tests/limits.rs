@@ -23,7 +23,7 @@ fn what_the_driver_sends_waits_for_its_limit_and_goes_on_when_that_is_lifted() {
     card.device.handle().set_limits(Limits::default(), Limits::default());
     let mut data = [0; 256];
     for seed in 0..20 {
-        let length = card.host[0].recv(&mut data).unwrap();
+        let length = take(&card.host[0], &mut data).unwrap();
         assert_eq!(data[HEADER_SIZE..length], frame(64, seed), "in order");
         card.used(TX);
     }
@@ -61,7 +61,7 @@ fn a_throttled_card_stops_at_once_and_loses_nothing_of_what_was_to_be_sent() {
     card.resume(&stopped);
     let mut data = [0; 256];
     for seed in 0..5 {
-        let length = card.host[0].recv(&mut data).unwrap();
+        let length = take(&card.host[0], &mut data).unwrap();
         assert_eq!(data[HEADER_SIZE..length], frame(64, seed));
     }
 }

@@ -95,7 +95,7 @@ impl Rig {
 
     fn arrived(&self) -> usize {
         let mut data = [0; 200];
-        std::iter::from_fn(|| self.host.recv(&mut data).ok()).count()
+        std::iter::from_fn(|| take(&self.host, &mut data).ok()).count()
     }
 }
 

@@ -3,7 +3,7 @@ use crate::virtio::double::{EVENT_IDX, INDIRECT_DESC};
 
 fn receive(card: &Card, queue: usize) -> Vec<u8> {
     let mut data = vec![0; 70_000];
-    let length = card.host[queue].recv(&mut data).unwrap();
+    let length = take(&card.host[queue], &mut data).unwrap();
     data.truncate(length);
     data
 }

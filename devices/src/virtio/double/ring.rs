@@ -371,6 +371,5 @@ impl TestRing {
 }
 
 fn readable(event: &EventFd, timeout: Duration) -> bool {
-    let millis = i32::try_from(timeout.as_millis().max(1)).unwrap_or(i32::MAX);
-    super::signals::poll_readable(event.as_raw_fd(), millis)
+    super::signals::poll_readable(event.as_raw_fd(), timeout)
 }

@@ -5,7 +5,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::virtio::TransportSignals;
 use crate::{DeviceEvent, DeviceNotifier};
@@ -109,8 +109,17 @@ impl DeviceNotifier for RecordedNotifier {
     }
 }
 
-pub(super) fn poll_readable(fd: RawFd, millis: i32) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one valid pollfd, as the count says.
-    unsafe { libc::poll(&raw mut poll, 1, millis) == 1 }
+/// Also where the kernel interrupts the call, as it does to a thread that has made a ring of io_uring, when that ring ends.
+pub(super) fn poll_readable(fd: RawFd, timeout: Duration) -> bool {
+    let end = Instant::now() + timeout;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let millis = i32::try_from(left.as_millis()).unwrap_or(i32::MAX).max(1);
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd, as the count says.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, millis) };
+        if ready == 1 || end <= Instant::now() {
+            return ready == 1;
+        }
+    }
 }
