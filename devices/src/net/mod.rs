@@ -2,10 +2,10 @@
 //!
 //! [`device::VirtioNet`] is what the transport sees; it owns one worker thread per queue pair and sends them messages. A
 //! worker (`worker`) waits in epoll for its commands, its rings and its queue of the tap, and runs the two halves of the data
-//! path, `rx` and `tx`, whose frames go to the tap together (`batch`); the first one also answers the control queue (`control`, `obey`). Which pair receives a frame is for
-//! the kernel to say, as the driver told it (`steering`). The data path is the only part that knows how frames travel, and
-//! `path` is its seam: there the kernel's (`vhost`) takes the place of `rx` and `tx`, with the same features, control queue and
-//! lifecycle before it.
+//! path, `rx` and `tx`, whose frames go to the tap together (`batch`); the first one also answers the control queue (`control`,
+//! `obey`). Which pair receives a frame is for the kernel to say, as the driver told it (`steering`). The data path is the only
+//! part that knows how frames travel, and `path` is its seam: there the kernel's (`vhost`) takes the place of `rx` and `tx`, with
+//! the same features, control queue and lifecycle before it.
 
 mod announce;
 mod batch;
