@@ -25,6 +25,9 @@ pub(super) const DEVICE: &str = "/dev/vhost-net";
 /// VIRTIO_F_RING_EVENT_IDX and VIRTIO_F_VERSION_1, which the transport offers.
 const RING_EVENT_IDX: u32 = 29;
 const VERSION_1: u32 = 32;
+/// How long the kernel looks for more frames before it asks for kicks, in microseconds: a kick costs the guest an exit, and the
+/// kernel's thread a sleep. It stops looking as soon as somebody else wants the processor.
+const POLLING: i32 = 50;
 /// What the kernel does with the rings. All other features are the tap's, or the control queue's.
 const FEATURES: u64 = bit(VERSION_1) | bit(RING_INDIRECT_DESC) | bit(RING_EVENT_IDX) | bit(MRG_RXBUF);
 
@@ -51,6 +54,7 @@ impl Vhost {
         if sys::features(&device)? & FEATURES != FEATURES {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        (0..2).try_for_each(|ring| sys::set_polling(&device, ring, POLLING))?;
         Ok(Self { device, memory: None, calls: [Arc::new(event()?), Arc::new(event()?)], error: event()? })
     }
 

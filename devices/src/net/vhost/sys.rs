@@ -19,6 +19,7 @@ const VHOST_SET_VRING_BASE: libc::c_ulong = 0x4008_af12;
 const VHOST_SET_VRING_KICK: libc::c_ulong = 0x4008_af20;
 const VHOST_SET_VRING_CALL: libc::c_ulong = 0x4008_af21;
 const VHOST_SET_VRING_ERR: libc::c_ulong = 0x4008_af22;
+const VHOST_SET_VRING_BUSYLOOP_TIMEOUT: libc::c_ulong = 0x4008_af23;
 const VHOST_NET_SET_BACKEND: libc::c_ulong = 0x4008_af30;
 
 /// As many regions as the kernel takes by default (`max_mem_regions` of the module vhost).
@@ -111,6 +112,12 @@ pub(super) fn set_features(device: &File, features: u64) -> io::Result<()> {
 pub(super) fn set_owner(device: &File) -> io::Result<()> {
     // SAFETY: the request has no argument.
     check(unsafe { libc::ioctl(device.as_raw_fd(), VHOST_SET_OWNER) })
+}
+
+/// Has the kernel look for work on a ring for so many microseconds before it asks for kicks, as long as nobody else wants the
+/// processor.
+pub(super) fn set_polling(device: &File, ring: u32, microseconds: i32) -> io::Result<()> {
+    give_word(device, VHOST_SET_VRING_BUSYLOOP_TIMEOUT, ring, microseconds)
 }
 
 /// Tells where guest RAM is.
