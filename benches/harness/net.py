@@ -207,7 +207,8 @@ def processors():
     """Those for the guests' processors, and those for all else."""
     ours = sorted(os.sched_getaffinity(0))
     half = len(ours) // 2
-    return set(ours[:half]), set(ours[half:])
+    # of one processor, both get it
+    return set(ours[:half] or ours), set(ours[half:])
 
 
 def place(pid, helpers):

@@ -5,6 +5,9 @@ use std::io;
 use io_uring::IoUring;
 use thiserror::Error;
 
+/// IORING_REGISTER_ENABLE_RINGS: what a restricted ring is still told by the thread that uses it.
+pub(crate) const ENABLE_RINGS: u8 = 12;
+
 /// No ring could be made.
 #[derive(Debug, Error)]
 #[error("{what}: {error}")]

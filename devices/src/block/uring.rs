@@ -30,7 +30,7 @@ use super::backend::{BlockBackend, Completion, Event, Geometry, Operation, Reque
 use super::error::BlockError;
 use super::file::LockedFile;
 use super::metrics::QueueMetrics;
-use crate::uring::disabled_ring;
+use crate::uring::{ENABLE_RINGS, disabled_ring};
 
 /// The file that all requests are for, as it is registered.
 const DISK: types::Fixed = types::Fixed(0);
@@ -49,8 +49,8 @@ const SPARE_ENTRIES: u32 = 8;
 const TAG_SIGNAL: u64 = 1 << 32;
 const TAG_IGNORED: u64 = 1 << 33;
 
-/// What a restricted ring is still told by its thread: IORING_REGISTER_ENABLE_RINGS and IORING_UNREGISTER_FILES.
-const RESTRICTED_TO: [u8; 2] = [12, 3];
+/// What a restricted ring is still told by its thread: the second is IORING_UNREGISTER_FILES.
+const RESTRICTED_TO: [u8; 2] = [ENABLE_RINGS, 3];
 
 struct Task {
     transfer: Transfer,

@@ -1,9 +1,7 @@
 //! Frames on their way to the tap: as many as there are go there in one system call.
 //!
-//! A worker that comes back from the kernel after each frame gives way there to whoever waited for that frame, where processors
-//! are scarce: sender and receiver then take turns at small pieces. vhost-net does not come back between frames, and with
-//! io_uring neither does our worker. Frames go one by one where the kernel has no io_uring, or the tap may be full, since those
-//! that wait in a ring would be overtaken.
+//! By io_uring, as a call costs more than a small frame does. Frames go one by one where the kernel has no io_uring, or the tap may
+//! be full, since those that wait in a ring would be overtaken.
 
 // SQEs carry addresses, and pushing one vows that they stay valid.
 #![allow(unsafe_code)]
@@ -16,7 +14,7 @@ use io_uring::{IoUring, opcode, types};
 
 use super::sys::{self, MAX_SEGMENTS, Segments};
 use super::tap::HASH_HEADER_SIZE;
-use crate::uring::{UringError, disabled_ring};
+use crate::uring::{ENABLE_RINGS, UringError, disabled_ring};
 
 /// Most frames of a batch.
 const MAX_FRAMES: usize = 64;
@@ -24,8 +22,6 @@ const MAX_FRAMES: usize = 64;
 pub(super) const ADDRESSES: usize = 12;
 /// The longest header of virtio, and the addresses.
 const START: usize = HASH_HEADER_SIZE + ADDRESSES;
-/// IORING_REGISTER_ENABLE_RINGS: all that a restricted ring is still told by its thread.
-const ENABLE_RINGS: u8 = 12;
 /// Marks completions of cancellations.
 const CANCELLED: u64 = 1 << 32;
 
@@ -260,6 +256,13 @@ mod tests {
 
     const SIZE: usize = 8000;
 
+    fn pair() -> (UnixDatagram, UnixDatagram) {
+        let (ours, host) = UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        host.set_nonblocking(true).unwrap();
+        (ours, host)
+    }
+
     /// As many frames as a batch holds, each with its number, cut in two.
     fn fill(batch: &mut Batch, memory: &GuestMemoryMmap, numbers: std::ops::Range<u16>) {
         batch.clear();
@@ -292,9 +295,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_waits_and_nothing_of_it_is_sent_later() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
-        let (ours, host) = UnixDatagram::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        host.set_nonblocking(true).unwrap();
+        let (ours, host) = pair();
         let mut batch = Batch::new();
         batch.prepare();
         // Of sockets it would not be believed.
@@ -317,9 +318,7 @@ mod tests {
     #[test]
     fn one_by_one_gives_the_same() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
-        let (ours, host) = UnixDatagram::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        host.set_nonblocking(true).unwrap();
+        let (ours, host) = pair();
         let mut batch = Batch::new();
         batch.follow(ours.as_fd());
         fill(&mut batch, &memory, 0..MAX_FRAMES as u16);
