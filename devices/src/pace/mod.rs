@@ -5,11 +5,12 @@
 //! had to wait lately: nothing on an idle or a slow device, never more than [`LONGEST`].
 
 pub(crate) mod moderation;
+mod search;
 
 use std::time::{Duration, Instant};
 
 use self::moderation::{Level, Moderation, Tuning};
-use crate::scheduling;
+use crate::scheduling::{self, Stance};
 
 /// The most that is looked for work at a time.
 pub(crate) const LONGEST: Duration = Duration::from_micros(32);
@@ -43,6 +44,8 @@ pub(crate) struct Pace {
     pub moderation: Moderation,
     /// When the ring was last found empty.
     pub settled: Instant,
+    /// As it was taken last.
+    stance: Stance,
 }
 
 /// What a worker has just taken.
@@ -52,6 +55,8 @@ pub(crate) struct Taken {
     pub count: u32,
     /// What came through with them: requests, or bytes where their sizes differ much.
     pub work: u64,
+    /// How much of that the driver has given.
+    pub given: u64,
 }
 
 impl Pace {
@@ -59,14 +64,22 @@ impl Pace {
     pub fn begin(tuning: Tuning) -> Self {
         let now = Instant::now();
         let moderation = Moderation::new(tuning, now);
-        // Where the host does not let a thread choose, it is as polite as it is.
-        let _ = scheduling::wait_for_others(moderation.level().polite);
-        Self { polling: Polling::default(), moderation, settled: now }
+        let stance = Stance::default();
+        let mut pace = Self { polling: Polling::default(), moderation, settled: now, stance };
+        pace.take(pace.moderation.level().stance);
+        pace
     }
 
     /// The worker has nothing to do from now on that anybody waits for.
     pub fn stand_back(&mut self) {
-        let _ = scheduling::wait_for_others(true);
+        self.take(Stance::Last);
+    }
+
+    fn take(&mut self, stance: Stance) {
+        if std::mem::replace(&mut self.stance, stance) != stance {
+            // Where the host does not let a thread choose, it stays as it is.
+            let _ = scheduling::take(stance);
+        }
     }
 
     /// The worker woke at `now` from sleep, and found what it looks for (`worked`) or something else.
@@ -79,12 +92,9 @@ impl Pace {
         if taken.count == 0 {
             return;
         }
-        let before = self.moderation.level();
         self.moderation.taken(taken, now);
-        let Level { polite, .. } = self.moderation.level();
-        if polite != before.polite {
-            let _ = scheduling::wait_for_others(polite);
-        }
+        let Level { stance, .. } = self.moderation.level();
+        self.take(stance);
     }
 }
 

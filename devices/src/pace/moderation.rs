@@ -6,14 +6,16 @@
 //!   the vCPU whose driver just kicked for the first of many requests. Without, it runs when that vCPU halts or its slice ends.
 //! - To ask the driver to kick only when some requests are available, and to wait for them a bounded time.
 //!
-//! Both make a lone request wait, so neither is for a driver that waits for each (depth 1), where requests are so large that
-//! what comes with each is little beside their work ([`Tuning::large`]), or where they gain nothing. Which
-//! is best cannot be known beforehand: from time to time the neighbours of the present [level](LEVELS) are tried for some
-//! hundred requests, and the one stays with which most come through.
+//! Both make a lone request wait, so neither is for a driver that waits for each (depth 1), or where they gain nothing. Where
+//! requests are so large that what comes with each is little beside their work ([`Tuning::large`]), each is taken at once. If it
+//! is the driver that gives most of that work, there is another way: not to be preempted by whoever is woken by each request that
+//! is passed on, and to hold interrupts back for the time of some requests. What is best is found by [trying](super::search).
 
 use std::time::{Duration, Instant};
 
 use super::Taken;
+use super::search::{Plan, Search};
+use crate::scheduling::Stance;
 
 /// What suits a kind of device.
 #[derive(Debug, Clone, Copy)]
@@ -33,133 +35,101 @@ pub(crate) struct Tuning {
 /// How a worker takes requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Level {
-    /// Whether it waits until others have finished where it is woken.
-    pub polite: bool,
+    /// Its place among those who want to run where it does.
+    pub stance: Stance,
     /// How many requests are to be available.
     pub goal: u16,
+    /// For the time of how many requests interrupts are held back.
+    pub held: u16,
 }
 
-const LEVELS: [Level; 6] = [
-    Level { polite: false, goal: 1 },
-    Level { polite: true, goal: 1 },
-    Level { polite: true, goal: 4 },
-    Level { polite: true, goal: 8 },
-    Level { polite: true, goal: 16 },
-    Level { polite: true, goal: 32 },
-];
-/// What is tried in turn, from the present level: first what gains most where there is anything to gain.
-const STEPS: [isize; 5] = [3, 1, -1, 2, -2];
-/// Those that go on from a level that was better, upwards and downwards.
-const UPWARDS: usize = 1;
-const DOWNWARDS: usize = 2;
-/// A try ends after so many batches already if nothing gathers, after so many waits for what the driver does not have if most
-/// batches were such, and when it takes so many times as long as without.
-const PROBE: u32 = 8;
-const VAIN: u32 = 3;
-const SLOWER: f64 = 2.0;
-/// Smaller batches than this on average are worth a try.
-const SMALL: u32 = 4;
-/// What a new episode weighs in what is known of its level.
-const NEW: f64 = 0.5;
-/// Less than this of what came through when something was tried last, and the next try need not wait.
-const WORSE: f64 = 0.7;
+impl Default for Level {
+    /// As eager as can be without privilege.
+    fn default() -> Self {
+        Self { stance: Stance::Even, goal: 1, held: 0 }
+    }
+}
+
+const fn polite(goal: u16) -> Level {
+    Level { stance: Stance::Last, goal, held: 0 }
+}
+
+const EAGER: Level = Level { stance: Stance::Even, goal: 1, held: 0 };
+/// For requests of any size.
+const LEVELS: [Level; 6] = [EAGER, polite(1), polite(4), polite(8), polite(16), polite(32)];
+/// For large ones that the driver gives.
+const OUTWARD: [Level; 2] = [EAGER, Level { stance: Stance::First, goal: 1, held: 6 }];
+/// How many times as much has to come through to be first among others: more than chance, as that is at their expense.
+const OUTWARD_GAIN: f64 = 1.2;
 /// Requests over which their average work is taken.
 const REMEMBERED: f64 = 64.0;
-/// Episodes between two tries: twice as many each time, as long as they fail.
-const SOONEST: u32 = 4;
-const LATEST: u32 = 256;
 /// A driver that was idle for so long has begun something new.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// What comes through per second.
-#[derive(Debug, Clone, Copy, Default)]
-struct Rate {
-    requests: f64,
-    work: f64,
-}
-
-impl Rate {
-    /// Learns what came through lately.
-    fn update(self, new: Self) -> Self {
-        let mean = |known: f64, new: f64| known + (new - known) * NEW;
-        Self { requests: mean(self.requests, new.requests), work: mean(self.work, new.work) }
-    }
+/// What requests are like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Any,
+    /// Large ones that the driver gives, and that it takes.
+    Outward,
+    Inward,
 }
 
 #[derive(Debug)]
 pub(crate) struct Moderation {
-    /// The level that is best as far as is known, and the one that is being tried.
-    home: usize,
-    tried: Option<usize>,
-    /// Which of [`STEPS`] is next.
-    step: usize,
     tuning: Tuning,
-    /// What comes through, by level.
-    rates: [Option<Rate>; LEVELS.len()],
-    /// What they were at home when something was tried last.
-    compared: f64,
+    any: Search,
+    outward: Search,
+    kind: Kind,
     until: Option<Instant>,
-    since: Instant,
     last: Instant,
-    requests: u32,
-    work: u64,
-    batches: u32,
-    /// The work of a request, on average, and whether that is much.
+    /// The work of a request, on average, and how much of that the driver gives.
     size: f64,
-    large: bool,
-    /// Waits for more than the driver had, though it had nothing else to wait for.
-    vain: u32,
-    /// Episodes until the next try.
-    left: u32,
-    backoff: u32,
+    given: f64,
 }
 
 impl Moderation {
     pub fn new(tuning: Tuning, now: Instant) -> Self {
+        let Tuning { episode, gain, first, .. } = tuning;
+        let any = Plan { levels: &LEVELS, first, gain, episode, gathers: true };
+        let outward = Plan { levels: &OUTWARD, first: 0, gain: OUTWARD_GAIN, episode, gathers: false };
         Self {
-            home: tuning.first,
-            tried: None,
-            step: 0,
             tuning,
-            rates: [None; LEVELS.len()],
-            compared: 0.0,
+            any: Search::new(any, now),
+            outward: Search::new(outward, now),
+            kind: Kind::Any,
             until: None,
-            since: now,
             last: now,
-            requests: 0,
-            work: 0,
-            batches: 0,
             size: 0.0,
-            large: false,
-            vain: 0,
-            left: 1,
-            backoff: SOONEST,
+            given: 0.0,
         }
     }
 
     /// At a level, for as long as no episode ends.
     #[cfg(test)]
     pub fn at(level: usize, tuning: Tuning, now: Instant) -> Self {
-        Self { home: level, ..Self::new(tuning, now) }
+        let plan = Plan { levels: &LEVELS, first: tuning.first, gain: 1.0, episode: tuning.episode, gathers: true };
+        Self { any: Search::at(level, plan, now), ..Self::new(tuning, now) }
     }
 
     /// How the worker is to take requests.
     pub fn level(&self) -> Level {
-        let [first, ..] = LEVELS;
-        LEVELS.get(self.index()).copied().unwrap_or(first)
+        match self.kind {
+            Kind::Any => self.any.level(),
+            Kind::Outward => self.outward.level(),
+            Kind::Inward => EAGER,
+        }
     }
 
     /// Whether that is less eagerly than could be.
     pub fn is_on(&self) -> bool {
-        self.index() > 0
+        self.level() != EAGER
     }
 
-    fn index(&self) -> usize {
-        if self.large { 0 } else { self.tried.unwrap_or(self.home) }
-    }
-
-    fn rate(&self, level: usize) -> Rate {
-        self.rates.get(level).copied().flatten().unwrap_or_default()
+    /// How long interrupts are to be held back.
+    pub fn hold(&self) -> Option<Duration> {
+        let Level { held, .. } = self.level();
+        (held > 0).then(|| self.time_of(held, &self.outward))
     }
 
     /// How long the next requests are still to gather, if `waiting` have, and `flying` are worked on; `None`: they are to be
@@ -171,137 +141,66 @@ impl Moderation {
             return None;
         }
         if self.until.is_none() && waiting > 0 {
-            self.until = Some(now + self.pause(goal));
+            self.until = Some(now + self.time_of(goal, &self.any));
         }
         let rest = self.until?.saturating_duration_since(now);
         if rest.is_zero() {
             self.until = None;
-            self.vain += u32::from(flying == 0 && waiting > 0);
+            if flying == 0 && waiting > 0 {
+                self.any.waited_in_vain();
+            }
             return None;
         }
         Some(rest)
     }
 
-    /// The most that requests wait for each other: what as many take with the level to begin with.
-    fn pause(&self, goal: u16) -> Duration {
-        Duration::from_secs_f64(f64::from(goal) / self.rate(self.tuning.first).requests.max(1.0))
-            .min(self.tuning.longest)
+    /// What `requests` take with the level to begin with, or the most that requests wait for each other.
+    fn time_of(&self, requests: u16, search: &Search) -> Duration {
+        Duration::from_secs_f64(f64::from(requests) / search.first_rate().max(1.0)).min(self.tuning.longest)
     }
 
     /// A batch of requests (at least one) was taken.
     pub fn taken(&mut self, taken: Taken, now: Instant) {
         if now.saturating_duration_since(self.last) > IDLE {
-            *self = Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(self.tuning, now) };
+            let (any, outward) = (self.any.anew(now), self.outward.anew(now));
+            *self = Self { any, outward, ..Self::new(self.tuning, now) };
         }
         self.last = now;
-        if self.is_large(taken) {
-            (self.tried, self.until) = (None, None);
-            self.begin(now);
-            return;
+        let kind = self.kind_after(taken);
+        if std::mem::replace(&mut self.kind, kind) != kind {
+            self.any.interrupted(now);
+            self.outward.interrupted(now);
         }
-        self.requests = self.requests.saturating_add(taken.count);
-        self.work = self.work.saturating_add(taken.work);
-        self.batches += 1;
-        let time = now.saturating_duration_since(self.since).max(Duration::from_micros(1)).as_secs_f64();
-        let rate = Rate { requests: f64::from(self.requests) / time, work: self.work as f64 / time };
-        let alone = self.batches >= PROBE && self.batches.saturating_mul(2) > self.requests;
-        let slow =
-            self.tried.is_some() && time * self.rate(self.home).requests > SLOWER * f64::from(self.tuning.episode);
-        let vain = self.vain >= VAIN && self.vain.saturating_mul(2) > self.batches;
-        if self.index() > self.tuning.first && (alone || vain) {
-            self.unsuited();
-            self.begin(now);
-        } else if self.requests >= self.tuning.episode || slow {
-            self.learn(rate);
-            self.begin(now);
+        self.until = None;
+        match kind {
+            Kind::Any => {
+                self.any.taken(taken, now);
+                let goal = self.level().goal;
+                self.until = (goal > 1).then(|| now + self.time_of(goal, &self.any));
+            }
+            Kind::Outward => self.outward.taken(taken, now),
+            Kind::Inward => {}
         }
-        let goal = self.level().goal;
-        self.until = (goal > 1).then(|| now + self.pause(goal));
     }
 
-    /// Whether requests are large, as far as these tell.
-    fn is_large(&mut self, taken: Taken) -> bool {
+    /// What requests are like, as far as these tell.
+    fn kind_after(&mut self, taken: Taken) -> Kind {
         let count = f64::from(taken.count.max(1));
-        self.size += (taken.work as f64 / count - self.size) * (count / REMEMBERED).min(1.0);
-        self.large = self.size > if self.large { self.tuning.large / 4.0 } else { self.tuning.large };
-        self.large
-    }
-
-    /// What is tried does not suit the driver; if nothing was, the present level does not any more.
-    fn unsuited(&mut self) {
-        let index = self.index();
-        self.set_rate(index, Rate::default());
-        if self.tried.is_none() {
-            self.home -= 1;
+        let weight = (count / REMEMBERED).min(1.0);
+        self.size += (taken.work as f64 / count - self.size) * weight;
+        self.given += (taken.given as f64 / count - self.given) * weight;
+        let limit = if self.kind == Kind::Any { self.tuning.large } else { self.tuning.large / 4.0 };
+        match self.size > limit {
+            true if self.given * 2.0 > self.size => Kind::Outward,
+            true => Kind::Inward,
+            false => Kind::Any,
         }
-        self.tried_in_vain();
-    }
-
-    fn set_rate(&mut self, level: usize, rate: Rate) {
-        if let Some(known) = self.rates.get_mut(level) {
-            *known = Some(rate);
-        }
-    }
-
-    /// An episode is over.
-    fn learn(&mut self, rate: Rate) {
-        let level = self.index();
-        // What a try gave long ago says nothing of today.
-        let known = self.rates.get(level).copied().flatten().filter(|_| self.tried.is_none());
-        self.set_rate(level, known.map_or(rate, |known| known.update(rate)));
-        match self.tried {
-            None => {
-                let worse = self.rate(self.home).work < self.compared * WORSE;
-                self.left = if worse { 0 } else { self.left.saturating_sub(1) };
-                if self.left == 0 {
-                    self.try_another();
-                }
-            }
-            Some(tried) if self.is_better(tried) => {
-                // Perhaps there is one that is better still.
-                (self.home, self.tried, self.step) = (tried, None, if tried > self.home { UPWARDS } else { DOWNWARDS });
-                (self.left, self.backoff) = (1, SOONEST);
-            }
-            Some(_) => self.tried_in_vain(),
-        }
-    }
-
-    fn try_another(&mut self) {
-        let small = self.batches.saturating_mul(SMALL) > self.requests;
-        self.compared = self.rate(self.home).work;
-        for _ in STEPS {
-            let step = STEPS.get(self.step).copied().unwrap_or(1);
-            self.step = (self.step + 1) % STEPS.len();
-            let next = self.home.checked_add_signed(step).filter(|next| *next < LEVELS.len());
-            // Greater batches than that have nothing to gain upwards.
-            if let Some(next) = next
-                && (small || self.home > self.tuning.first || next < self.home)
-            {
-                self.tried = Some(next);
-                return;
-            }
-        }
-        self.left = SOONEST;
-    }
-
-    fn tried_in_vain(&mut self) {
-        (self.tried, self.left) = (None, self.backoff);
-        self.backoff = self.backoff.saturating_mul(2).min(LATEST);
-    }
-
-    fn is_better(&self, tried: usize) -> bool {
-        let (home, other) = (self.rate(self.home).work, self.rate(tried).work);
-        // Where nothing is gained, nothing waits.
-        if tried == self.tuning.first { other > home } else { other >= home * self.tuning.gain }
-    }
-
-    fn begin(&mut self, now: Instant) {
-        (self.since, self.requests, self.work, self.batches, self.vain) = (now, 0, 0, 0, 0);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::search::LATEST;
     use super::*;
 
     const TUNING: Tuning =
@@ -319,8 +218,13 @@ mod tests {
         depth: u32,
         /// Whether the worker runs beside the driver: then politeness is for nothing.
         beside: bool,
-        /// The work of a request.
+        /// The work of a request, and whether the driver gives it.
         work: u64,
+        outward: bool,
+        /// Microseconds for which whoever gets a request from the worker preempts it, unless it is first; and for which a vCPU
+        /// waits that it preempts if it is.
+        receiver: u32,
+        preempted: u32,
         /// Requests taken with another level than the first, and all.
         moderated: u32,
         total: u32,
@@ -330,13 +234,28 @@ mod tests {
         fn new(request: u32, change: u32, others: u32, depth: u32) -> Self {
             let (now, beside) = (Instant::now(), false);
             let moderation = Moderation::new(TUNING, now);
-            Self { moderation, now, request, change, others, depth, beside, work: 1, moderated: 0, total: 0 }
+            let (work, outward, receiver, preempted) = (1, true, 0, 0);
+            Self {
+                moderation,
+                now,
+                request,
+                change,
+                others,
+                depth,
+                beside,
+                work,
+                outward,
+                receiver,
+                preempted,
+                moderated: 0,
+                total: 0,
+            }
         }
 
         /// One batch; gives how many came.
         fn batch(&mut self) -> u32 {
             let level = self.moderation.level();
-            let polite = level.polite && !self.beside;
+            let polite = level.stance == Stance::Last && !self.beside;
             let mut came = if polite { self.depth } else { 1 };
             let waited = if polite { self.others } else { 0 };
             self.now += Duration::from_micros(u64::from(came * self.request + waited));
@@ -348,8 +267,10 @@ mod tests {
             while let Some(rest) = self.moderation.rest(u16::try_from(came).unwrap(), 0, self.now) {
                 self.now += rest;
             }
-            self.now += Duration::from_micros(u64::from(self.change));
-            self.moderation.taken(Taken { count: came, work: u64::from(came) * self.work }, self.now);
+            let disturbed = if level.stance == Stance::First { self.preempted } else { self.receiver * came };
+            self.now += Duration::from_micros(u64::from(self.change + disturbed));
+            let work = u64::from(came) * self.work;
+            self.moderation.taken(Taken { count: came, work, given: if self.outward { work } else { 0 } }, self.now);
             self.total += came;
             self.moderated += if level == LEVELS[0] { 0 } else { came };
             came
@@ -405,12 +326,12 @@ mod tests {
     fn what_was_tried_in_vain_is_tried_again_at_once_when_less_comes_through_than_then() {
         let mut model = Model::new(100, 0, 3000, 32);
         model.run(60_000);
-        while model.moderation.left < LATEST / 2 {
+        while model.moderation.any.left() < LATEST / 2 {
             model.run(1);
         }
         (model.change, model.others) = (400, 0);
         model.run(20 * TUNING.episode);
-        assert!(model.moderation.home > 0, "{:?}", model.moderation);
+        assert!(model.moderation.any.home() > 0, "{:?}", model.moderation);
     }
 
     #[test]
@@ -419,7 +340,7 @@ mod tests {
             let mut model = Model::new(100, 400, others, 1);
             model.moderation = Moderation::new(Tuning { first: 1, ..TUNING }, model.now);
             model.run(20_000);
-            assert_eq!(LEVELS[model.moderation.home].polite, polite, "{:?}", model.moderation);
+            assert_eq!(LEVELS[model.moderation.any.home()].stance == Stance::Last, polite, "{:?}", model.moderation);
         }
     }
 
@@ -429,7 +350,7 @@ mod tests {
         while model.moderation.level() == LEVELS[0] {
             model.run(1);
         }
-        model.work = 2000;
+        (model.work, model.outward) = (2000, false);
         model.run(200);
         model.run(2000);
         assert_eq!(model.moderated, 0);
@@ -439,13 +360,51 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_is_first_for_large_requests_of_the_driver_where_receivers_would_preempt_it_and_holds_interrupts_then() {
+        let mut model = Model::new(100, 100, 0, 4);
+        (model.work, model.receiver) = (2000, 200);
+        let eager = model.run(100);
+        assert_eq!(model.moderation.hold(), None);
+        model.run(1000);
+        let first = model.run(20_000);
+        assert!(first > 1.9 * eager, "{first} and {eager} requests a second");
+        assert!(model.moderated * 100 > model.total * 95, "{} of {}", model.moderated, model.total);
+        let hold = model.moderation.hold().unwrap();
+        assert!(hold > Duration::from_micros(500) && hold <= TUNING.longest, "{hold:?}");
+    }
+
+    #[test]
+    fn a_worker_is_hardly_ever_first_where_it_gains_nothing_and_never_for_what_the_driver_receives() {
+        let mut model = Model::new(100, 100, 0, 4);
+        (model.work, model.preempted) = (2000, 400);
+        model.run(200_000);
+        model.run(200_000);
+        assert!(model.moderated * 50 < model.total, "{} of {}", model.moderated, model.total);
+        (model.outward, model.receiver, model.preempted) = (false, 200, 0);
+        model.run(200);
+        model.run(20_000);
+        assert_eq!(model.moderated, 0);
+    }
+
+    #[test]
+    fn a_worker_that_was_first_is_not_any_more_when_others_wait_for_it() {
+        let mut model = Model::new(100, 100, 0, 4);
+        (model.work, model.receiver) = (2000, 200);
+        model.run(10_000);
+        assert!(model.moderation.is_on());
+        (model.receiver, model.preempted) = (0, 2000);
+        model.run(1000);
+        assert_eq!(model.moderation.level(), EAGER);
+    }
+
+    #[test]
     fn after_a_break_requests_are_taken_at_once() {
         let mut model = Model::new(100, 400, 0, 32);
         while model.moderation.level() == LEVELS[0] {
             model.run(1);
         }
         model.now += 2 * IDLE;
-        model.moderation.taken(Taken { count: 1, work: 1 }, model.now);
+        model.moderation.taken(Taken { count: 1, work: 1, given: 1 }, model.now);
         assert_eq!(model.moderation.level(), LEVELS[0]);
         assert_eq!(model.moderation.rest(1, 0, model.now), None);
     }

@@ -7,6 +7,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use super::*;
 use crate::NoNotifier;
 use crate::net::batch::Batch;
+use crate::net::coalescing::Coalescing;
 use crate::net::counters::PairCounters;
 use crate::net::filter::Filter;
 use crate::net::lane::Lane;
@@ -79,6 +80,7 @@ impl Rig {
             offloads: 0,
             header: HEADER_SIZE,
             largest_frame: 1600,
+            held: Coalescing::default(),
             hasher: None,
         };
         act(&mut self.tx, &context)
