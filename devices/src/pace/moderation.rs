@@ -7,9 +7,9 @@
 //! - To ask the driver to kick only when some requests are available, and to wait for them a bounded time.
 //!
 //! Both make a lone request wait, so neither is for a driver that waits for each (depth 1), or where they gain nothing. Where
-//! requests are so large that what comes with each is little beside their work ([`Tuning::large`]), each is taken at once. If it
-//! is the driver that gives most of that work, there is another way: not to be preempted by whoever is woken by each request that
-//! is passed on, and to hold interrupts back for the time of some requests. What is best is found by [trying](super::search).
+//! requests are so large that what comes with each is little beside their work ([`Tuning::large`]), each is taken at once. There is
+//! another way for them: not to be preempted by whoever is woken by each request that is passed on, and to hold interrupts back for
+//! the time of some requests. What is best is found by [trying](super::search).
 
 use std::time::{Duration, Instant};
 
@@ -55,12 +55,12 @@ const fn polite(goal: u16) -> Level {
 }
 
 const EAGER: Level = Level { stance: Stance::Even, goal: 1, held: 0 };
-/// For requests of any size.
+/// For requests of the driver.
 const LEVELS: [Level; 6] = [EAGER, polite(1), polite(4), polite(8), polite(16), polite(32)];
-/// For large ones that the driver gives.
-const OUTWARD: [Level; 2] = [EAGER, Level { stance: Stance::First, goal: 1, held: 6 }];
+/// For large ones.
+const LARGE: [Level; 2] = [EAGER, Level { stance: Stance::First, goal: 1, held: 6 }];
 /// How many times as much has to come through to be first among others: more than chance, as that is at their expense.
-const OUTWARD_GAIN: f64 = 1.2;
+const LARGE_GAIN: f64 = 1.2;
 /// Requests over which their average work is taken.
 const REMEMBERED: f64 = 64.0;
 /// A driver that was idle for so long has begun something new.
@@ -70,8 +70,10 @@ const IDLE: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Any,
-    /// Large ones that the driver gives, and that it takes.
-    Outward,
+    /// Large ones.
+    Large,
+    /// What the driver gives is little beside what it receives: there is nothing to gather, and who sends that is best left
+    /// alone until it has sent all it has.
     Inward,
 }
 
@@ -79,7 +81,7 @@ enum Kind {
 pub(crate) struct Moderation {
     tuning: Tuning,
     any: Search,
-    outward: Search,
+    large: Search,
     kind: Kind,
     until: Option<Instant>,
     last: Instant,
@@ -92,11 +94,11 @@ impl Moderation {
     pub fn new(tuning: Tuning, now: Instant) -> Self {
         let Tuning { episode, gain, first, .. } = tuning;
         let any = Plan { levels: &LEVELS, first, gain, episode, gathers: true };
-        let outward = Plan { levels: &OUTWARD, first: 0, gain: OUTWARD_GAIN, episode, gathers: false };
+        let large = Plan { levels: &LARGE, first: 0, gain: LARGE_GAIN, episode, gathers: false };
         Self {
             tuning,
             any: Search::new(any, now),
-            outward: Search::new(outward, now),
+            large: Search::new(large, now),
             kind: Kind::Any,
             until: None,
             last: now,
@@ -116,8 +118,8 @@ impl Moderation {
     pub fn level(&self) -> Level {
         match self.kind {
             Kind::Any => self.any.level(),
-            Kind::Outward => self.outward.level(),
-            Kind::Inward => EAGER,
+            Kind::Large => self.large.level(),
+            Kind::Inward => LEVELS.get(self.tuning.first).copied().unwrap_or_default(),
         }
     }
 
@@ -129,7 +131,7 @@ impl Moderation {
     /// How long interrupts are to be held back.
     pub fn hold(&self) -> Option<Duration> {
         let Level { held, .. } = self.level();
-        (held > 0).then(|| self.time_of(held, &self.outward))
+        (held > 0).then(|| self.time_of(held, &self.large))
     }
 
     /// How long the next requests are still to gather, if `waiting` have, and `flying` are worked on; `None`: they are to be
@@ -162,14 +164,14 @@ impl Moderation {
     /// A batch of requests (at least one) was taken.
     pub fn taken(&mut self, taken: Taken, now: Instant) {
         if now.saturating_duration_since(self.last) > IDLE {
-            let (any, outward) = (self.any.anew(now), self.outward.anew(now));
-            *self = Self { any, outward, ..Self::new(self.tuning, now) };
+            let (any, large) = (self.any.anew(now), self.large.anew(now));
+            *self = Self { any, large, ..Self::new(self.tuning, now) };
         }
         self.last = now;
         let kind = self.kind_after(taken);
         if std::mem::replace(&mut self.kind, kind) != kind {
             self.any.interrupted(now);
-            self.outward.interrupted(now);
+            self.large.interrupted(now);
         }
         self.until = None;
         match kind {
@@ -178,7 +180,7 @@ impl Moderation {
                 let goal = self.level().goal;
                 self.until = (goal > 1).then(|| now + self.time_of(goal, &self.any));
             }
-            Kind::Outward => self.outward.taken(taken, now),
+            Kind::Large => self.large.taken(taken, now),
             Kind::Inward => {}
         }
     }
@@ -189,10 +191,10 @@ impl Moderation {
         let weight = (count / REMEMBERED).min(1.0);
         self.size += (taken.work as f64 / count - self.size) * weight;
         self.given += (taken.given as f64 / count - self.given) * weight;
-        let limit = if self.kind == Kind::Any { self.tuning.large } else { self.tuning.large / 4.0 };
+        let limit = if self.kind == Kind::Large { self.tuning.large / 4.0 } else { self.tuning.large };
         match self.size > limit {
-            true if self.given * 2.0 > self.size => Kind::Outward,
-            true => Kind::Inward,
+            _ if self.given * 2.0 < self.size => Kind::Inward,
+            true => Kind::Large,
             false => Kind::Any,
         }
     }
@@ -345,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn large_requests_are_taken_at_once_whatever_would_gain_and_small_ones_after_them_are_not() {
+    fn what_the_driver_receives_is_taken_as_at_first_whatever_would_gain_and_what_it_gives_after_that_is_not() {
         let mut model = Model::new(100, 400, 0, 32);
         while model.moderation.level() == LEVELS[0] {
             model.run(1);
@@ -354,7 +356,7 @@ mod tests {
         model.run(200);
         model.run(2000);
         assert_eq!(model.moderated, 0);
-        model.work = 1;
+        (model.work, model.outward) = (1, true);
         model.run(4000);
         assert!(model.moderation.is_on(), "{:?}", model.moderation);
     }
