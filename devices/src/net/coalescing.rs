@@ -24,7 +24,7 @@ impl Coalescing {
         Self { max_packets: OURS, max_usecs: u32::try_from(longest.as_micros()).unwrap_or(u32::MAX) }
     }
 
-    /// Itself, or `other` where it holds nothing back.
+    /// Itself, or `other` where it holds nothing back: parameters are the driver's wish, and the device may interrupt less often.
     pub(super) fn or(self, other: Self) -> Self {
         if self.max_packets > 0 && self.max_usecs > 0 { self } else { other }
     }
