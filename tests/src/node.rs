@@ -94,13 +94,19 @@ impl Node {
         let wanted = self.guest.ok("cat /tmp/sum");
         let tcp = format!("socat -b65536 -t170 - TCP{echo},retry=50,interval=0.1 </tmp/data | sha256sum");
         assert_eq!(self.guest.ok(&tcp), wanted, "by TCP{version}");
+        // The switch may let datagrams overtake others while it learns the way, and drop some: on a busy machine, most.
+        let enough = (0..3).any(|_| self.datagrams_back(other, version, &echo) >= DATAGRAMS / 2);
+        assert!(enough, "most datagrams are lost by UDP{version}: {}", self.guest.ok("grep ^Udp: /proc/net/snmp"));
+    }
+
+    /// Sends its datagrams to `other`, who sends them back; gives how many came. Nobody may have changed one.
+    fn datagrams_back(&mut self, other: &mut Self, version: u32, echo: &str) -> u32 {
         // For one peer only: one that forks has two sockets for a moment.
         other.guest.ok(&format!(
             "socat -b{DATAGRAM} UDP6-LISTEN:{ECHO},reuseaddr,null-eof,shut-null PIPE >/dev/null 2>&1 & \
              until netstat -lun | grep -q ':{ECHO} '; do usleep 10000; done"
         ));
         self.guest.ok(&format!("socat -b{DATAGRAM} -t20 - UDP{echo},null-eof,shut-null </tmp/datagrams >/tmp/back"));
-        // The switch may let datagrams overtake others while it learns the way, and drop some; nobody may change one.
         let each = |name: &str| format!("xxd -p -c{DATAGRAM} /tmp/{name} | sort -u >/tmp/{name}.each");
         self.guest.ok(&format!("{}; {}", each("datagrams"), each("back")));
         let spoiled = self
@@ -108,10 +114,8 @@ impl Node {
             .ok("sort /tmp/datagrams.each /tmp/datagrams.each /tmp/back.each | uniq -u | wc -l")
             .trim()
             .to_owned();
-        let back: u32 = self.guest.ok("wc -l </tmp/back.each").trim().parse().unwrap();
-        let seen = self.guest.ok("grep ^Udp: /proc/net/snmp");
-        assert_eq!(spoiled, "0", "spoiled datagrams by UDP{version}, {back} came back: {seen}");
-        assert!(back >= DATAGRAMS / 2, "{back} of {DATAGRAMS} datagrams came back by UDP{version}: {seen}");
+        assert_eq!(spoiled, "0", "spoiled datagrams by UDP{version}");
+        self.guest.ok("wc -l </tmp/back.each").trim().parse().unwrap()
     }
 
     /// What of this kind was dropped, either way, for any of these reasons.
