@@ -264,7 +264,10 @@ class Machine:
         self.tap.remove()
 
     def usage(self):
-        return Usage(self.running.process.pid, self.folder, self.helpers), *self.tap.passed()
+        try:
+            return Usage(self.running.process.pid, self.folder, self.helpers), *self.tap.passed()
+        except FileNotFoundError as gone:
+            raise Silent(f"{self.name} has ended\n{self.running.said()}") from gone
 
     def start(self, load, seconds, wait=LEAD + SETTLE):
         command = load.command(self.tap, seconds)
