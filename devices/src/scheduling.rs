@@ -86,6 +86,13 @@ fn wait_for_others(wait: bool) -> io::Result<()> {
     if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// The policy of this thread.
+#[cfg(test)]
+pub fn policy() -> libc::c_int {
+    // SAFETY: no memory is passed; 0 is the calling thread.
+    unsafe { libc::sched_getscheduler(0) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,7 +102,7 @@ mod tests {
         let nice = 5;
         set_nice(nice).unwrap();
         // SAFETY: no memory is passed.
-        let present = || unsafe { (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0)) };
+        let present = || (policy(), unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) });
         use Stance::{Even, First, Last};
         let (plain, polite) = ((libc::SCHED_OTHER, nice), (libc::SCHED_BATCH, nice));
         for (stance, then) in [(Last, polite), (Last, polite), (Even, plain)] {

@@ -64,10 +64,10 @@ impl Pace {
     pub fn begin(tuning: Tuning) -> Self {
         let now = Instant::now();
         let moderation = Moderation::new(tuning, now);
-        let stance = Stance::default();
-        let mut pace = Self { polling: Polling::default(), moderation, settled: now, stance };
-        pace.take(pace.moderation.level().stance);
-        pace
+        let Level { stance, .. } = moderation.level();
+        // Whatever the thread was for a former driver.
+        let _ = scheduling::take(stance);
+        Self { polling: Polling::default(), moderation, settled: now, stance }
     }
 
     /// The worker has nothing to do from now on that anybody waits for.
@@ -117,6 +117,16 @@ mod tests {
     use super::*;
 
     const SOON: Duration = Duration::from_micros(20);
+
+    #[test]
+    fn a_new_driver_finds_the_worker_as_it_begins_whatever_it_was_for_the_former_one() {
+        let tuning = Tuning { longest: SOON, episode: 1, gain: 1.0, first: 0, large: 1.0 };
+        let before = scheduling::policy();
+        Pace::begin(tuning).stand_back();
+        assert_ne!(scheduling::policy(), before);
+        Pace::begin(tuning);
+        assert_eq!(scheduling::policy(), before);
+    }
 
     #[test]
     fn work_that_comes_soon_is_looked_for_and_never_longer_than_the_limit() {

@@ -44,9 +44,8 @@ pub(crate) struct Level {
 }
 
 impl Default for Level {
-    /// As eager as can be without privilege.
     fn default() -> Self {
-        Self { stance: Stance::Even, goal: 1, held: 0 }
+        EAGER
     }
 }
 
@@ -54,6 +53,7 @@ const fn polite(goal: u16) -> Level {
     Level { stance: Stance::Last, goal, held: 0 }
 }
 
+/// As eager as can be without privilege.
 const EAGER: Level = Level { stance: Stance::Even, goal: 1, held: 0 };
 /// For requests of the driver.
 const LEVELS: [Level; 6] = [EAGER, polite(1), polite(4), polite(8), polite(16), polite(32)];
@@ -110,8 +110,9 @@ impl Moderation {
     /// At a level, for as long as no episode ends.
     #[cfg(test)]
     pub fn at(level: usize, tuning: Tuning, now: Instant) -> Self {
-        let plan = Plan { levels: &LEVELS, first: tuning.first, gain: 1.0, episode: tuning.episode, gathers: true };
-        Self { any: Search::at(level, plan, now), ..Self::new(tuning, now) }
+        let mut moderation = Self::new(tuning, now);
+        moderation.any.settle_at(level);
+        moderation
     }
 
     /// How the worker is to take requests.
