@@ -50,7 +50,7 @@ thread_local! {
 /// # Errors
 /// What the system call returns: `EACCES` or `EPERM` where the privilege to be first is not there, or a filter forbids it.
 pub fn take(stance: Stance) -> io::Result<()> {
-    wait_for_others(stance == Stance::Last)?;
+    set_waiting(0, stance == Stance::Last)?;
     match (stance, BEFORE.get()) {
         (Stance::First, None) => {
             // SAFETY: no memory is passed; 0 is the calling thread.
@@ -67,30 +67,45 @@ pub fn take(stance: Stance) -> io::Result<()> {
     Ok(())
 }
 
+/// The calling thread's number in its PID namespace.
+pub fn thread_id() -> libc::pid_t {
+    // SAFETY: no memory is passed.
+    unsafe { libc::gettid() }
+}
+
+/// Has another thread wait until others have finished ([`Stance::Last`]).
+///
+/// # Errors
+/// `EPERM` without the privilege (CAP_SYS_NICE for one of the kernel), `ESRCH` if there is none.
+pub fn let_others_finish(thread: libc::pid_t) -> io::Result<()> {
+    set_waiting(thread, true)
+}
+
 fn set_nice(nice: libc::c_int) -> io::Result<()> {
     // SAFETY: no memory is passed; 0 is the calling thread.
     let status = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
     if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn wait_for_others(wait: bool) -> io::Result<()> {
-    // SAFETY: no memory is passed; 0 is the calling thread.
-    let present = unsafe { libc::sched_getscheduler(0) };
+/// Whether a thread (0: the calling one) waits for others.
+fn set_waiting(thread: libc::pid_t, wait: bool) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    let present = unsafe { libc::sched_getscheduler(thread) };
     let (from, to) = if wait { (libc::SCHED_OTHER, libc::SCHED_BATCH) } else { (libc::SCHED_BATCH, libc::SCHED_OTHER) };
     if present != from {
         return if present < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     }
     let priority = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameters outlive the call.
-    let status = unsafe { libc::sched_setscheduler(0, to, &raw const priority) };
+    let status = unsafe { libc::sched_setscheduler(thread, to, &raw const priority) };
     if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// The policy of this thread.
+/// The policy of a thread (0: the calling one).
 #[cfg(test)]
-pub fn policy() -> libc::c_int {
-    // SAFETY: no memory is passed; 0 is the calling thread.
-    unsafe { libc::sched_getscheduler(0) }
+pub fn policy(thread: libc::pid_t) -> libc::c_int {
+    // SAFETY: no memory is passed.
+    unsafe { libc::sched_getscheduler(thread) }
 }
 
 #[cfg(test)]
@@ -102,13 +117,16 @@ mod tests {
         let nice = 5;
         set_nice(nice).unwrap();
         // SAFETY: no memory is passed.
-        let present = || (policy(), unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) });
+        let present = || (policy(0), unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) });
         use Stance::{Even, First, Last};
         let (plain, polite) = ((libc::SCHED_OTHER, nice), (libc::SCHED_BATCH, nice));
         for (stance, then) in [(Last, polite), (Last, polite), (Even, plain)] {
             take(stance).unwrap();
             assert_eq!(present(), then);
         }
+        let_others_finish(thread_id()).unwrap();
+        assert_eq!(present(), polite);
+        take(Even).unwrap();
         if take(First).is_err() {
             println!("SKIPPED: to be first among threads needs CAP_SYS_NICE");
             assert_eq!(present(), plain);

@@ -18,7 +18,7 @@ use super::steering::config::TABLE_LENGTH;
 use super::steering::hash::KEY_LENGTH;
 use super::steering::{Steering, flow};
 use super::tap::{MAX_QUEUES, Tap};
-use super::vhost::{DEVICE, Vhost};
+use super::vhost::{DEVICE, Vhost, thread};
 use super::worker::{Message, Start, Worker};
 use crate::limiter::Limits;
 use crate::metrics::MetricSource;
@@ -283,6 +283,9 @@ impl VirtioNet {
             let thread = spawner.spawn(ThreadKind::Net, &format!("{id}.q{index}"), Box::new(move || worker.run()));
             let thread = Some(thread.map_err(host("start a thread"))?);
             card.workers.push(WorkerHandle { messages, stopped, thread });
+        }
+        if vhost && let Err(error) = thread::make_polite() {
+            tracing::debug!(nic = id, %error, "vhost-net's threads preempt others: they may not be set");
         }
         Ok(card)
     }

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)] // The kernel gets addresses of guest RAM, which has to outlive their use.
 
 mod sys;
+pub(super) mod thread;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -27,7 +28,7 @@ const RING_EVENT_IDX: u32 = 29;
 const VERSION_1: u32 = 32;
 /// How long the kernel looks for more frames before it asks for kicks, in microseconds: a kick costs the guest an exit, and the
 /// kernel's thread a sleep. It stops looking as soon as somebody else wants the processor.
-const POLLING: i32 = 50;
+const POLLING: i32 = 20;
 /// What the kernel does with the rings. All other features are the tap's, or the control queue's.
 const FEATURES: u64 = bit(VERSION_1) | bit(RING_INDIRECT_DESC) | bit(RING_EVENT_IDX) | bit(MRG_RXBUF);
 

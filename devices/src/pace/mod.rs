@@ -121,11 +121,11 @@ mod tests {
     #[test]
     fn a_new_driver_finds_the_worker_as_it_begins_whatever_it_was_for_the_former_one() {
         let tuning = Tuning { longest: SOON, episode: 1, gain: 1.0, first: 0, large: 1.0 };
-        let before = scheduling::policy();
+        let before = scheduling::policy(0);
         Pace::begin(tuning).stand_back();
-        assert_ne!(scheduling::policy(), before);
+        assert_ne!(scheduling::policy(0), before);
         Pace::begin(tuning);
-        assert_eq!(scheduling::policy(), before);
+        assert_eq!(scheduling::policy(0), before);
     }
 
     #[test]

@@ -404,6 +404,18 @@ fn a_chain_that_vhost_cannot_send_is_dropped_and_counted() {
 }
 
 #[test]
+fn the_threads_of_the_kernel_wait_until_others_have_finished() {
+    with_vhost(|features| {
+        let _card = Card::kernel(2, features);
+        let threads = super::super::vhost::thread::threads().unwrap();
+        assert_eq!(threads.len(), 2, "one for each pair");
+        for thread in threads {
+            assert_eq!(crate::scheduling::policy(thread), libc::SCHED_BATCH);
+        }
+    });
+}
+
+#[test]
 fn a_machine_without_vhost_is_told_what_to_do() {
     in_namespace(|| {
         if std::path::Path::new(DEVICE).exists() {
