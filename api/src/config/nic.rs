@@ -54,13 +54,14 @@ pub struct NicConfig {
     #[serde(default)]
     #[schema(default = false)]
     pub antispoof: bool,
-    /// Let the guest say which of several `queues` receives a frame, by a hash that it is told (RSS and hash reports). A program
-    /// in the kernel does it, which the VMM needs CAP_BPF and CAP_PERFMON to load.
+    /// Let the guest say which of several `queues` receives a frame, by a hash (RSS) that it is told with the frame (not with
+    /// `vhost`). A program in the kernel does it, which the VMM needs CAP_BPF and CAP_PERFMON to load.
     #[serde(default)]
     #[schema(default = false)]
     pub rss: bool,
     /// Have the host's kernel move the frames (/dev/vhost-net) instead of the VMM, with the same features for the guest except
-    /// that it cannot have interrupts held back. Not possible together with `antispoof`, `rss` and limits.
+    /// that it is not told the hashes of `rss`, and that interrupts are held back by time alone. Not possible together with
+    /// `antispoof` and limits.
     #[serde(default)]
     #[schema(default = false)]
     pub vhost: bool,
@@ -148,7 +149,6 @@ impl NicConfig {
     fn check_vhost(&self, at: &Pointer) -> Result<(), Problem> {
         let conflicts = [
             ("antispoof", self.antispoof),
-            ("rss", self.rss),
             ("rx_limits", !self.rx_limits.is_unlimited()),
             ("tx_limits", !self.tx_limits.is_unlimited()),
         ];

@@ -41,6 +41,11 @@ impl Coalescing {
         (u64::from(self.max_packets) | u64::from(self.max_usecs) << 32).to_le_bytes()
     }
 
+    /// Whether anything is held back.
+    pub(super) fn holds(self) -> bool {
+        self.max_usecs > 0 && self.max_packets > 1
+    }
+
     /// Until when an interrupt for `frames` frames may wait, the first of which came at `since`. `None`: it is due.
     pub(super) fn until(self, frames: u32, since: Instant) -> Option<Instant> {
         let held = self.max_usecs > 0 && frames < self.max_packets;

@@ -53,11 +53,12 @@ pub struct NetOptions {
     pub link_up: bool,
     /// Drop what the guest sends under another address than `mac`, also one that it gave itself.
     pub antispoof: bool,
-    /// Whether the guest may say which pair receives a frame, and is told the hash that says so: RSS and HASH_REPORT. Needs
-    /// several queue pairs, and CAP_BPF and CAP_PERFMON while the card is made (Linux 5.8 or newer).
+    /// Whether the guest may say which pair receives a frame (RSS), and is told the hash that says so (HASH_REPORT; not with
+    /// `vhost`). Needs several queue pairs, and CAP_BPF and CAP_PERFMON while the card is made (Linux 5.8 or newer).
     pub rss: bool,
-    /// Have the kernel's vhost-net move the frames, with the same features but for RSS and held-back interrupts. It moves them unseen: `antispoof` and limits
-    /// hold only while our own path has the rings, so they are not for such a card.
+    /// Have the kernel's vhost-net move the frames, with the same features but for reports of hashes; interrupts are held back by time
+    /// alone. It moves them unseen: `antispoof` and limits hold only while our own path has the rings, so they are not for such a
+    /// card.
     pub vhost: bool,
     /// What the guest may receive per second: what exceeds it waits in the tap, which drops what it cannot hold.
     pub rx_limits: Limits,
@@ -116,9 +117,6 @@ pub enum NetError {
     /// RSS on a card with one queue pair.
     #[error("NIC {0}: RSS chooses between queue pairs, and the NIC has one: give it more, or leave RSS out")]
     RssPairs(String),
-    /// RSS on a card whose frames the kernel moves.
-    #[error("NIC {0}: vhost-net does not tell hashes, as RSS promises the guest: leave one of the two out")]
-    RssVhost(String),
     /// The host does not let a program of ours steer frames.
     #[error(
         "NIC {id}: the kernel refused the program that steers frames for RSS: {error}; it needs CAP_BPF and CAP_PERFMON, and Linux 5.8 or newer: start with these capabilities, or leave RSS out"
@@ -514,6 +512,8 @@ fn offered(options: &NetOptions) -> u64 {
         CTRL_RX_EXTRA,
         GUEST_ANNOUNCE,
         CTRL_MAC_ADDR,
+        NOTF_COAL,
+        VQ_NOTF_COAL,
         SPEED_DUPLEX,
     ]
     .into_iter()
@@ -527,12 +527,12 @@ fn offered(options: &NetOptions) -> u64 {
     if options.queue_pairs > 1 {
         offered |= bit(MQ);
     }
-    if !options.vhost {
-        // The kernel says itself when it wants an interrupt.
-        offered |= bit(NOTF_COAL) | bit(VQ_NOTF_COAL);
-    }
     if options.rss {
-        offered |= bit(RSS) | bit(HASH_REPORT);
+        offered |= bit(RSS);
+        if !options.vhost {
+            // The kernel tells nobody the hash.
+            offered |= bit(HASH_REPORT);
+        }
     }
     offered
 }
@@ -551,9 +551,6 @@ fn check(options: &NetOptions) -> Result<(), NetError> {
     }
     if options.rss && pairs == 1 {
         return Err(NetError::RssPairs(id()));
-    }
-    if options.rss && options.vhost {
-        return Err(NetError::RssVhost(id()));
     }
     let size = options.queue_size;
     if !size.is_power_of_two() || !(16..=32768).contains(&size) {

@@ -1,5 +1,6 @@
 //! One queue of the card as its worker has it.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use vm_memory::GuestMemoryMmap;
@@ -23,6 +24,8 @@ pub(super) struct Lane {
     since: Option<Instant>,
     /// When the interrupt for them is due.
     pub(super) due: Option<Instant>,
+    /// The kernel interrupts the driver without us.
+    direct: bool,
 }
 
 impl Lane {
@@ -30,7 +33,7 @@ impl Lane {
     pub(super) fn new(queue: ActiveQueue, indirect: bool, memory: &GuestMemoryMmap) -> Result<Self, StartError> {
         let ActiveQueue { index, queue, positions, kick, interrupt } = queue;
         match Ring::new(queue, positions, indirect, memory) {
-            Ok(ring) => Ok(Self { index, ring, kick, interrupt, frames: 0, since: None, due: None }),
+            Ok(ring) => Ok(Self { index, ring, kick, interrupt, frames: 0, since: None, due: None, direct: false }),
             Err(error) => Err(StartError::Queue { index, reason: error.to_string() }),
         }
     }
@@ -71,6 +74,28 @@ impl Lane {
                 Ok(())
             }
             _ => self.flush(memory, interrupts),
+        }
+    }
+
+    /// Has signals of `call` interrupt the driver past the worker, or not.
+    pub(super) fn set_direct(&mut self, call: &Arc<EventFd>, direct: bool) {
+        match (std::mem::replace(&mut self.direct, direct), direct) {
+            (false, true) => self.interrupt.attach(call),
+            (true, false) => self.interrupt.detach(),
+            _ => {}
+        }
+    }
+
+    /// Interrupts the driver as soon as `coalescing` says, where the kernel has the ring and has `asked` for it: by time alone, as
+    /// nobody tells us of how many frames. What our own path held back is due as well.
+    pub(super) fn pass_on(&mut self, asked: bool, coalescing: Coalescing, now: Instant, interrupts: &Counter) {
+        if !asked && self.since.is_none() {
+            return;
+        }
+        self.due = coalescing.until(1, *self.since.get_or_insert(now)).filter(|due| *due > now);
+        if self.due.is_none() {
+            (self.frames, self.since) = (0, None);
+            self.interrupt(interrupts);
         }
     }
 

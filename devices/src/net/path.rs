@@ -11,8 +11,10 @@ use std::time::Instant;
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::batch::Batch;
+use super::coalescing::{Coalescing, CoalescingTable};
 use super::counters::PairCounters;
 use super::features;
 use super::features::bit;
@@ -22,6 +24,7 @@ use super::tx::Tx;
 use super::vhost::Vhost;
 use super::watches::{Token, Watches};
 use super::worker::Context;
+use crate::metrics::Counter;
 use crate::pace::Pace;
 use crate::pace::moderation::Moderation;
 use crate::virtio::StoppedQueue;
@@ -252,21 +255,33 @@ impl Path {
         rx.and(self.tx.as_mut().map_or(Ok(()), |tx| tx.lane.ring.resync(memory)))
     }
 
-    /// Has the kernel's interrupts come to the worker alone.
-    pub(super) fn detach_calls(&self) {
-        let lanes = self.rx.iter().map(|rx| &rx.lane).chain(self.tx.iter().map(|tx| &tx.lane));
-        lanes.for_each(|lane| lane.interrupt.detach());
+    /// Has the kernel interrupt the driver itself where nothing is held back, and does it where it could not, or when it is due.
+    pub(super) fn serve_calls(&mut self, vhost: &Vhost, coalescing: &CoalescingTable, counters: &PairCounters) {
+        let now = Instant::now();
+        for (lane, call, interrupts) in self.called(vhost, counters) {
+            let parameters = coalescing.get(lane.index);
+            lane.set_direct(call, !parameters.holds());
+            lane.pass_on(call.read().is_ok(), parameters, now, interrupts);
+        }
     }
 
-    /// Interrupts the driver where the kernel wants it, and could not do so itself.
-    pub(super) fn pass_calls_on(&self, vhost: &Vhost, counters: &PairCounters) {
-        let rx = self.rx.as_ref().map(|rx| (&rx.lane, &counters.rx_interrupts));
-        let tx = self.tx.as_ref().map(|tx| (&tx.lane, &counters.tx_interrupts));
-        for (call, to) in vhost.calls.iter().zip([rx, tx]) {
-            if let (Ok(_), Some((lane, counter))) = (call.read(), to) {
-                lane.interrupt(counter);
-            }
+    /// Interrupts the driver at once where the kernel, which has stopped, wanted it.
+    pub(super) fn end_calls(&mut self, vhost: &Vhost, counters: &PairCounters) {
+        for (lane, call, interrupts) in self.called(vhost, counters) {
+            lane.set_direct(call, false);
+            lane.pass_on(call.read().is_ok(), Coalescing::default(), Instant::now(), interrupts);
         }
+    }
+
+    fn called<'a>(
+        &'a mut self,
+        vhost: &'a Vhost,
+        counters: &'a PairCounters,
+    ) -> impl Iterator<Item = (&'a mut Lane, &'a Arc<EventFd>, &'a Counter)> {
+        let [rx_call, tx_call] = &vhost.calls;
+        let rx = self.rx.as_mut().map(|rx| (&mut rx.lane, rx_call, &counters.rx_interrupts));
+        let tx = self.tx.as_mut().map(|tx| (&mut tx.lane, tx_call, &counters.tx_interrupts));
+        [rx, tx].into_iter().flatten()
     }
 
     /// Stops our own path; gives the queues' positions, to go on from later.

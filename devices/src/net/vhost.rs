@@ -1,8 +1,8 @@
 //! The kernel's data path: vhost-net, which moves frames between the rings of a pair and its queue of the tap by itself.
 //!
-//! Kicks reach the kernel directly, and interrupts the driver as long as their vector is unmasked; else they come by the same
-//! eventfd to the pair's worker, which passes them on to the vector. Those for what was sent are no exception: a TCP stream
-//! waits for them (Linux' small queues).
+//! Kicks reach the kernel directly, and interrupts the driver as long as their vector is unmasked and the driver does not have
+//! them held back; else they come by the same eventfd to the pair's worker, which passes them on to the vector. Those for what was
+//! sent are no exception: a TCP stream waits for them (Linux' small queues).
 #![allow(unsafe_code)] // The kernel gets addresses of guest RAM, which has to outlive their use.
 
 mod sys;
@@ -93,13 +93,8 @@ impl Vhost {
             // Chains that wait were kicked long ago.
             lanes.into_iter().try_for_each(|lane| lane.kick.write(1))
         });
-        match &started {
-            Ok(()) => {
-                lanes.into_iter().zip(&self.calls).for_each(|(lane, call)| lane.interrupt.attach(call));
-            }
-            Err(_) => {
-                let _ = self.stop();
-            }
+        if started.is_err() {
+            let _ = self.stop();
         }
         started
     }

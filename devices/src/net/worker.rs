@@ -234,7 +234,6 @@ impl Worker {
     fn handle(&mut self, event: &EpollEvent, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
         match (Token::of(event), &mut self.running) {
             (Some(Token::Wake), _) => return self.handle_messages(counters, tap),
-            (Some(Token::Call), _) => self.pass_calls_on(counters),
             (Some(Token::VhostError), _) => self.vhost_error(counters),
             (Some(Token::Timer), _) => self.alarm = None,
             (Some(token), Some(running)) => {
@@ -268,7 +267,10 @@ impl Worker {
         match self.timer.reset(wait, None) {
             Ok(()) => self.alarm = Some(due),
             // Better too early than never.
-            Err(_) => running.path.flush(&running.map, counters),
+            Err(_) => match &self.vhost {
+                Some(vhost) if vhost.runs() => running.path.end_calls(vhost, counters),
+                _ => running.path.flush(&running.map, counters),
+            },
         }
     }
 
@@ -380,13 +382,11 @@ impl Worker {
     /// Does some of whatever there is to do; says whether there is more to do at once.
     fn turn(&mut self, counters: &PairCounters, tap: BorrowedFd<'_>) -> bool {
         self.follow_path(counters, tap);
-        let in_kernel = self.is_in_kernel();
+        if self.is_in_kernel() {
+            return self.stand_by(counters);
+        }
         let Some(running) = &mut self.running else { return false };
         let shared = &*self.shared;
-        if in_kernel {
-            // A memory map that came this moment is followed in the next turn.
-            return running.serve_control(shared) | !running.is_map_current();
-        }
         running.follow_memory(counters);
         let mut more = running.serve_control(shared);
         // After a command was obeyed that may have changed them.

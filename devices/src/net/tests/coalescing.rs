@@ -4,15 +4,15 @@ use super::control::{CONTROL_1, command};
 use super::*;
 use crate::virtio::double::EVENT_IDX;
 
-const FEATURES: u64 = bit(features::CTRL_VQ) | bit(features::NOTF_COAL) | bit(features::VQ_NOTF_COAL);
-const TX_SET: u8 = 0;
-const RX_SET: u8 = 1;
+pub(super) const FEATURES: u64 = bit(features::CTRL_VQ) | bit(features::NOTF_COAL) | bit(features::VQ_NOTF_COAL);
+pub(super) const TX_SET: u8 = 0;
+pub(super) const RX_SET: u8 = 1;
 const VQ_SET: u8 = 2;
 const VQ_GET: u8 = 3;
 /// So long that only failing tests see its end.
-const LONG: u32 = u32::MAX;
+pub(super) const LONG: u32 = u32::MAX;
 
-fn parameters(command: u8, max_packets: u32, max_usecs: u32) -> Vec<u8> {
+pub(super) fn parameters(command: u8, max_packets: u32, max_usecs: u32) -> Vec<u8> {
     [&[6, command][..], &max_packets.to_le_bytes(), &max_usecs.to_le_bytes()].concat()
 }
 

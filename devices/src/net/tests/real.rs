@@ -370,8 +370,23 @@ fn pairs_of_a_real_tap_are_attached_and_detached_as_the_driver_says() {
     });
 }
 
+/// Buffers for each of four pairs: where they are, by pair and head.
+pub(super) fn filled(card: &mut Card) -> HashMap<(usize, u16), u64> {
+    let mut buffers = HashMap::new();
+    for pair in 0..4 {
+        for _ in 0..40 {
+            let address = card.driver.allocate(BUFFER.into(), 1);
+            let head = card.driver.ring(2 * pair).add(&[Buffer::writable(address, BUFFER)]);
+            buffers.insert((pair, head), address);
+        }
+        card.driver.ring(2 * pair).kick();
+    }
+    buffers
+}
+
 /// The pair that receives a frame of ours, and the frame with its header. The buffer is given again.
-fn received(card: &mut Card, buffers: &std::collections::HashMap<(usize, u16), u64>) -> (usize, Vec<u8>) {
+pub(super) fn received(card: &mut Card, buffers: &HashMap<(usize, u16), u64>) -> (usize, Vec<u8>) {
+    let header = if card.features & bit(features::HASH_REPORT) != 0 { HASH_HEADER_SIZE } else { HEADER_SIZE };
     let mut seen = None;
     wait(
         || {
@@ -382,7 +397,7 @@ fn received(card: &mut Card, buffers: &std::collections::HashMap<(usize, u16), u
                     let head = card.driver.ring(2 * pair).add(&[Buffer::writable(address, BUFFER)]);
                     assert_eq!(head, used.head, "the descriptor that is free");
                     card.driver.ring(2 * pair).kick();
-                    if data[HASH_HEADER_SIZE + 6..][..6] == [2, 0, 0, 0, 0, 1] {
+                    if data[header + 6..][..6] == [2, 0, 0, 0, 0, 1] {
                         assert!(seen.replace((pair, data)).is_none(), "one frame comes once");
                     }
                 }
@@ -409,14 +424,7 @@ fn with_rss_each_frame_comes_by_the_queue_that_its_hash_chooses_also_after_the_t
         let negotiated = MERGE | bit(features::MQ) | bit(features::CTRL_VQ) | rss_features;
         let mut card = Card::with_options(rss_options(tap, 4), Vec::new(), 128, negotiated);
         card.start();
-        let mut buffers = std::collections::HashMap::new();
-        for pair in 0..4 {
-            for _ in 0..40 {
-                let address = card.driver.allocate(BUFFER.into(), 1);
-                let head = card.driver.ring(2 * pair).add(&[Buffer::writable(address, BUFFER)]);
-                buffers.insert((pair, head), address);
-            }
-        }
+        let buffers = filled(&mut card);
         let hasher = Hasher::new(0x3f, &key());
         let mut wire = Wire::new("rvtest0", false);
         for (round, multiplier) in [1, 3, 1].into_iter().enumerate() {

@@ -1,8 +1,10 @@
 //! With real taps and the kernel's vhost-net. Skipped, aloud, where the machine has none; the filter's part runs with any tap.
 
 use super::super::vhost::DEVICE;
+use super::coalescing::{FEATURES as COALESCING, LONG, RX_SET, TX_SET, parameters};
 use super::control::{command, offloads};
-use super::real::{MERGE, Wire, ethernet, in_namespace, ip, set_up};
+use super::real::{MERGE, Wire, ethernet, filled, in_namespace, ip, received, set_up};
+use super::steering::{datagram, is_possible, key, rss, rss_options};
 use super::*;
 use crate::DeviceEvent;
 use crate::virtio::double::{EVENT_IDX, INDIRECT_DESC, UNMAPPED};
@@ -27,7 +29,16 @@ fn with_vhost(test: impl Fn(u64) + Send + Clone + 'static) {
 impl Card {
     /// A running card whose frames the kernel moves.
     fn kernel(pairs: u16, features: u64) -> Self {
-        let options = NetOptions { vhost: true, ..options(Tap::open("rvtest0", pairs).unwrap(), pairs) };
+        let mut tap = None;
+        // Programs that other tests start have a former card's descriptors for a moment.
+        wait(
+            || {
+                tap = Tap::open("rvtest0", pairs).ok();
+                tap.is_some()
+            },
+            "the tap is free",
+        );
+        let options = NetOptions { vhost: true, ..options(tap.unwrap(), pairs) };
         set_up("rvtest0", true);
         let mut card = Self::with_options(options, Vec::new(), 128, features);
         card.start();
@@ -59,16 +70,20 @@ impl Card {
         self.used(TX);
         assert!(self.driver.ring(TX).wait_interrupt(SOON), "the driver is interrupted for what was sent");
         let addresses = self.give_many(3, 600);
-        // As drivers do: what was used before the wish was seen gives no interrupt.
-        let ring = self.driver.ring(RX);
-        ring.want_interrupts(true);
-        while ring.take_used().is_some() {
-            ring.want_interrupts(true);
-        }
+        self.want_interrupts(RX);
         let back = ethernet(false, 100 + usize::from(seed), seed);
         wire.send(&back);
         assert_eq!(self.await_ours(&addresses)[HEADER_SIZE..], back);
         assert!(self.driver.ring(RX).wait_interrupt(SOON), "the driver is interrupted");
+    }
+
+    /// As drivers do it: what was used before the wish was seen gives no interrupt.
+    fn want_interrupts(&mut self, queue: usize) {
+        let ring = self.driver.ring(queue);
+        ring.want_interrupts(true);
+        while ring.take_used().is_some() {
+            ring.want_interrupts(true);
+        }
     }
 
     /// As `await_frame`, with buffers of former calls, too.
@@ -412,6 +427,82 @@ fn the_threads_of_the_kernel_wait_until_others_have_finished() {
         for thread in threads {
             assert_eq!(crate::scheduling::policy(thread), libc::SCHED_BATCH);
         }
+    });
+}
+
+#[test]
+fn interrupts_of_vhost_are_held_back_for_as_long_as_the_driver_says_and_a_stop_tells_of_all() {
+    const MICROSECONDS: u32 = 20_000;
+    with_vhost(|features| {
+        let mut card = Card::kernel(1, features | COALESCING);
+        let wire = Wire::new("rvtest0", false);
+        let held = |card: &mut Card, queue: usize, seed: u8| {
+            while card.driver.ring(queue).wait_interrupt(Duration::ZERO) {}
+            card.want_interrupts(queue);
+            if queue == TX {
+                card.send(&ethernet(true, 100, seed));
+                assert_eq!(wire.receive(), ethernet(true, 100, seed));
+                card.used(TX);
+            } else {
+                let addresses = card.give_many(3, 600);
+                wire.send(&ethernet(false, 100, seed));
+                assert_eq!(card.await_ours(&addresses)[HEADER_SIZE..], ethernet(false, 100, seed));
+            }
+            assert!(!card.driver.ring(queue).wait_interrupt(Duration::from_millis(50)), "it is held back");
+        };
+        card.passes(&wire, 1);
+        for (queue, set) in [(TX, TX_SET), (RX, RX_SET)] {
+            assert_eq!(command(&mut card, 2, &parameters(set, LONG, LONG)), 0);
+            held(&mut card, queue, 2);
+            assert_eq!(command(&mut card, 2, &parameters(set, LONG, 1)), 0);
+            assert!(card.driver.ring(queue).wait_interrupt(SOON), "new parameters say that it is due");
+        }
+        assert_eq!(command(&mut card, 2, &parameters(TX_SET, LONG, MICROSECONDS)), 0);
+        let begin = Instant::now();
+        card.passes(&wire, 3);
+        assert!(begin.elapsed() >= Duration::from_micros(MICROSECONDS.into()));
+        assert_eq!(command(&mut card, 2, &parameters(TX_SET, LONG, LONG)), 0);
+        held(&mut card, TX, 4);
+        let stopped = card.stop();
+        assert!(card.driver.ring(TX).wait_interrupt(SOON));
+        card.resume(&stopped);
+        card.wait_engaged(1);
+        held(&mut card, TX, 5);
+        assert_eq!(command(&mut card, 2, &parameters(TX_SET, 0, 0)), 0);
+        assert!(card.driver.ring(TX).wait_interrupt(SOON));
+        card.passes(&wire, 6);
+        assert_eq!(card.engaged(), 1);
+    });
+}
+
+#[test]
+fn with_rss_vhost_delivers_each_frame_by_the_queue_that_its_hash_chooses() {
+    if !is_possible() {
+        return;
+    }
+    with_vhost(|features| {
+        let options = NetOptions { vhost: true, ..rss_options(Tap::open("rvtest0", 4).unwrap(), 4) };
+        set_up("rvtest0", true);
+        let negotiated = features | bit(features::MQ) | bit(features::CTRL_VQ) | bit(features::RSS);
+        let mut card = Card::with_options(options, Vec::new(), 128, negotiated);
+        assert_eq!(card.device.features() & bit(features::HASH_REPORT), 0, "the kernel tells no hashes");
+        card.start();
+        let buffers = filled(&mut card);
+        let hasher = crate::net::steering::hash::Hasher::new(0x3f, &key());
+        let wire = Wire::new("rvtest0", false);
+        for multiplier in [1, 3] {
+            let table: Vec<u16> = (0..128).map(|index| index * multiplier / 2 % 4).collect();
+            assert_eq!(command(&mut card, 8, &rss(0x3f, 2, &table, 4)), 0);
+            card.wait_engaged(4);
+            for port in 1000..1050 {
+                let data = datagram(port);
+                wire.send(&data);
+                let (pair, seen) = received(&mut card, &buffers);
+                assert_eq!(pair, usize::from(table[hasher.report(&data).0 as usize % 128]), "port {port}");
+                assert_eq!(seen[HEADER_SIZE..], data);
+            }
+        }
+        assert_eq!(card.engaged(), 4);
     });
 }
 

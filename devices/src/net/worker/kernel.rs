@@ -46,9 +46,8 @@ impl Worker {
         }
         let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
         let stopped = vhost.stop();
-        running.path.detach_calls();
         running.pace = Pace::begin(TUNING);
-        running.path.pass_calls_on(vhost, counters);
+        running.path.end_calls(vhost, counters);
         if let Err(error) = stopped {
             counters.vhost_errors.increment();
             tracing::error!(nic = self.shared.id, queue = self.index, %error, "vhost-net does not stop; this pair does without it from now on");
@@ -68,6 +67,7 @@ impl Worker {
         let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
         match running.path.hand_over(vhost, &running.map, tap, &self.watches, counters) {
             Ok(()) => {
+                running.path.serve_calls(vhost, &self.shared.coalescing, counters);
                 running.pace.stand_back();
                 counters.vhost_engaged.set(1);
             }
@@ -81,10 +81,14 @@ impl Worker {
         }
     }
 
-    pub(super) fn pass_calls_on(&self, counters: &PairCounters) {
-        if let (Some(vhost), Some(running)) = (&self.vhost, &self.running) {
-            running.path.pass_calls_on(vhost, counters);
-        }
+    /// Does what there is to do for a pair whose rings the kernel has; says whether there is more to do at once.
+    pub(super) fn stand_by(&mut self, counters: &PairCounters) -> bool {
+        let (Some(vhost), Some(running)) = (&self.vhost, &mut self.running) else { return false };
+        let more = running.serve_control(&self.shared);
+        // After a command was obeyed that may have changed what is held back.
+        running.path.serve_calls(vhost, &self.shared.coalescing, counters);
+        // A memory map that came this moment is followed in the next turn.
+        more | !running.is_map_current()
     }
 
     /// The kernel met something wrong. Our own path meets it, too, and says what.
