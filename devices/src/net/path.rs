@@ -161,9 +161,7 @@ impl Path {
 
     /// Tells the driver at once what it was not told yet.
     pub(super) fn flush(&mut self, memory: &GuestMemoryMmap, counters: &PairCounters) {
-        let rx = self.rx.as_mut().map(|rx| (&mut rx.lane, &counters.rx_interrupts));
-        let tx = self.tx.as_mut().map(|tx| (&mut tx.lane, &counters.tx_interrupts));
-        for (lane, interrupts) in [rx, tx].into_iter().flatten() {
+        for (lane, interrupts) in self.lanes(counters).into_iter().flatten() {
             // A ring that is not there any more has been told of, or will be when it is worked on.
             let _ = lane.flush(memory, interrupts);
         }
@@ -278,10 +276,15 @@ impl Path {
         vhost: &'a Vhost,
         counters: &'a PairCounters,
     ) -> impl Iterator<Item = (&'a mut Lane, &'a Arc<EventFd>, &'a Counter)> {
-        let [rx_call, tx_call] = &vhost.calls;
-        let rx = self.rx.as_mut().map(|rx| (&mut rx.lane, rx_call, &counters.rx_interrupts));
-        let tx = self.tx.as_mut().map(|tx| (&mut tx.lane, tx_call, &counters.tx_interrupts));
-        [rx, tx].into_iter().flatten()
+        let lanes = self.lanes(counters).into_iter().zip(&vhost.calls);
+        lanes.filter_map(|(lane, call)| lane.map(|(lane, interrupts)| (lane, call, interrupts)))
+    }
+
+    /// Those that the driver has enabled, with what counts their interrupts.
+    fn lanes<'a>(&'a mut self, counters: &'a PairCounters) -> [Option<(&'a mut Lane, &'a Counter)>; 2] {
+        let rx = self.rx.as_mut().map(|rx| (&mut rx.lane, &counters.rx_interrupts));
+        let tx = self.tx.as_mut().map(|tx| (&mut tx.lane, &counters.tx_interrupts));
+        [rx, tx]
     }
 
     /// Stops our own path; gives the queues' positions, to go on from later.

@@ -127,10 +127,14 @@ impl Card {
         assert!(self.driver.ring(TX).wait_interrupt(SOON));
     }
 
+    /// Bytes before each frame.
+    fn header(&self) -> usize {
+        if self.features & bit(features::HASH_REPORT) != 0 { HASH_HEADER_SIZE } else { HEADER_SIZE }
+    }
+
     /// Sends `frame` from the guest without looking for its end.
     fn send(&mut self, frame: &[u8]) -> u16 {
-        let header = if self.features & bit(features::HASH_REPORT) != 0 { HASH_HEADER_SIZE } else { HEADER_SIZE };
-        let data = [&vec![0; header], frame].concat();
+        let data = [&vec![0; self.header()], frame].concat();
         let address = self.driver.allocate(data.len() as u64, 1);
         self.driver.write(address, &data);
         let head = self.driver.ring(TX).add(&[Buffer::readable(address, data.len() as u32)]);

@@ -388,7 +388,7 @@ pub(super) fn filled(card: &mut Card) -> HashMap<(usize, u16), u64> {
 
 /// The pair that receives a frame of ours, and the frame with its header. The buffer is given again.
 pub(super) fn received(card: &mut Card, buffers: &HashMap<(usize, u16), u64>) -> (usize, Vec<u8>) {
-    let header = if card.features & bit(features::HASH_REPORT) != 0 { HASH_HEADER_SIZE } else { HEADER_SIZE };
+    let header = card.header();
     let mut seen = None;
     wait(
         || {

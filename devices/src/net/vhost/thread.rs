@@ -22,7 +22,9 @@ pub(in crate::net) fn make_polite() -> io::Result<()> {
 
 /// Threads of this process since Linux 6.4, and the kernel's own before; some of other cards may be among them.
 pub(in crate::net) fn threads() -> io::Result<Vec<libc::pid_t>> {
-    let of_process = find("/proc/self/task".as_ref(), |name| name.starts_with(PREFIX))?;
+    // Workers are named by devices, which may be called so, but end in the number of a queue.
+    let is_number = |rest: &str| rest.bytes().all(|byte| byte.is_ascii_digit());
+    let of_process = find("/proc/self/task".as_ref(), |name| name.strip_prefix(PREFIX).is_some_and(is_number))?;
     if !of_process.is_empty() {
         return Ok(of_process);
     }
