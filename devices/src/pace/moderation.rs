@@ -61,6 +61,8 @@ const LEVELS: [Level; 6] = [EAGER, polite(1), polite(4), polite(8), polite(16), 
 const LARGE: [Level; 2] = [EAGER, Level { stance: Stance::First, goal: 1, held: 6 }];
 /// How many times as much has to come through to be first among others: more than chance, as that is at their expense.
 const LARGE_GAIN: f64 = 1.2;
+/// How many times fewer large requests are looked at together: as many as others would take too long to come.
+const LARGE_FEWER: u32 = 4;
 /// Requests over which their average work is taken.
 const REMEMBERED: f64 = 64.0;
 /// A driver that was idle for so long has begun something new.
@@ -94,7 +96,7 @@ impl Moderation {
     pub fn new(tuning: Tuning, now: Instant) -> Self {
         let Tuning { episode, gain, first, .. } = tuning;
         let any = Plan { levels: &LEVELS, first, gain, episode, gathers: true };
-        let large = Plan { levels: &LARGE, first: 0, gain: LARGE_GAIN, episode, gathers: false };
+        let large = Plan { levels: &LARGE, first: 0, gain: LARGE_GAIN, episode: episode / LARGE_FEWER, gathers: false };
         Self {
             tuning,
             any: Search::new(any, now),

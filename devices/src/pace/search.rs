@@ -110,7 +110,9 @@ impl Search {
 
     /// For a driver that has begun something new: what was tried in vain need not be so again at once.
     pub fn anew(&self, now: Instant) -> Self {
-        Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(self.plan, now) }
+        // Where nothing gathers, nobody waits for what is tried.
+        let backoff = if self.plan.gathers { self.backoff } else { SOONEST };
+        Self { left: self.left.min(2), backoff, ..Self::new(self.plan, now) }
     }
 
     /// The level that is in force.
@@ -212,7 +214,7 @@ impl Search {
                 } else {
                     // The other one was seen just now.
                     self.compared = rate.work;
-                    (LATER, LATER)
+                    (if tried == self.plan.first { SOONEST } else { LATER }, LATER)
                 };
             }
             Some(_) => self.tried_in_vain(),
