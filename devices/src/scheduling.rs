@@ -27,32 +27,33 @@ pub fn pin(thread: &JoinHandle<()>, cpus: &[u16]) -> io::Result<()> {
 /// A thread's place among those who want to run where it does.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Stance {
-    /// It is seldom preempted, and preempts: nice(2) is 10 less than otherwise. Needs CAP_SYS_NICE, or RLIMIT_NICE of at
-    /// least 30 where the process has the common nice value of 0.
-    First,
     /// Like others (`SCHED_OTHER`, sched(7)), as threads begin.
     #[default]
     Even,
     /// It waits until others have finished (`SCHED_BATCH`).
     Last,
+    /// It waits until others have finished, and then goes on until it has: whom it wakes does not preempt it (nice(2) is 10 less
+    /// than otherwise). Needs CAP_SYS_NICE, or RLIMIT_NICE of at least 30 where the process has the common nice value of 0.
+    Steady,
 }
 
-/// What a thread that is [first](Stance::First) has less.
+/// What a thread that is [steady](Stance::Steady) has less.
 const PRECEDENCE: libc::c_int = 10;
 
 thread_local! {
-    /// The nice value that a thread had before it became first.
+    /// The nice value that a thread had before it became steady.
     static BEFORE: Cell<Option<libc::c_int>> = const { Cell::new(None) };
 }
 
 /// Gives this thread another place. One that was given another policy than those above keeps it.
 ///
 /// # Errors
-/// What the system call returns: `EACCES` or `EPERM` where the privilege to be first is not there, or a filter forbids it.
+/// What the system call returns: `EACCES` or `EPERM` where the privilege to be steady is not there, which leaves the thread
+/// [last](Stance::Last), or a filter forbids it.
 pub fn take(stance: Stance) -> io::Result<()> {
-    set_waiting(0, stance == Stance::Last)?;
+    set_waiting(0, stance != Stance::Even)?;
     match (stance, BEFORE.get()) {
-        (Stance::First, None) => {
+        (Stance::Steady, None) => {
             // SAFETY: no memory is passed; 0 is the calling thread.
             let before = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
             set_nice(before - PRECEDENCE)?;
@@ -118,21 +119,20 @@ mod tests {
         set_nice(nice).unwrap();
         // SAFETY: no memory is passed.
         let present = || (policy(0), unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) });
-        use Stance::{Even, First, Last};
+        use Stance::{Even, Last, Steady};
         let (plain, polite) = ((libc::SCHED_OTHER, nice), (libc::SCHED_BATCH, nice));
+        let steady = (libc::SCHED_BATCH, nice - PRECEDENCE);
         for (stance, then) in [(Last, polite), (Last, polite), (Even, plain)] {
             take(stance).unwrap();
             assert_eq!(present(), then);
         }
         let_others_finish(thread_id()).unwrap();
         assert_eq!(present(), polite);
-        take(Even).unwrap();
-        if take(First).is_err() {
-            println!("SKIPPED: to be first among threads needs CAP_SYS_NICE");
-            assert_eq!(present(), plain);
-        }
-        for (stance, then) in [(First, (libc::SCHED_OTHER, nice - PRECEDENCE)), (Last, polite), (Even, plain)] {
-            if take(stance).is_ok() {
+        for (stance, then) in [(Steady, steady), (Steady, steady), (Last, polite), (Steady, steady), (Even, plain)] {
+            if take(stance).is_err() {
+                println!("SKIPPED: to be preempted less than others needs CAP_SYS_NICE");
+                assert_eq!((stance, present()), (Steady, polite));
+            } else {
                 assert_eq!(present(), then);
             }
         }

@@ -24,13 +24,20 @@ use super::request::{Asked, ChainError, Parser, Range, STATUS_OK, status_of};
 use super::shared::Disk;
 use crate::pace::moderation::{Level, Tuning};
 use crate::pace::{self, Pace, Taken};
+use crate::scheduling::Stance;
 use crate::virtio::ring::{Ring, RingError};
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{GuestMemory, interrupt::QueueInterrupt};
 
 /// How requests are gathered.
-const TUNING: Tuning =
-    Tuning { longest: Duration::from_millis(4), episode: 256, gain: 1.1, first: 0, large: f64::INFINITY };
+const TUNING: Tuning = Tuning {
+    longest: Duration::from_millis(4),
+    episode: 256,
+    gain: 1.1,
+    first: 0,
+    large: f64::INFINITY,
+    patient: Stance::Last,
+};
 
 /// What the owner of a worker asks of it.
 pub(super) enum Command {

@@ -3,9 +3,6 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Frames that wait for an interrupt unless the driver says otherwise. Rings commonly hold more.
-const OURS: u32 = 16;
-
 /// The parameters of one queue. If one of them is zero, nothing is held back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Coalescing {
@@ -18,16 +15,6 @@ pub(super) struct Coalescing {
 impl Coalescing {
     /// Bytes of `struct virtio_net_ctrl_coal`.
     pub(super) const SIZE: usize = 8;
-
-    /// What the card does by itself for a driver that keeps up: `longest` for an interrupt, or some frames.
-    pub(super) fn of_ours(longest: Duration) -> Self {
-        Self { max_packets: OURS, max_usecs: u32::try_from(longest.as_micros()).unwrap_or(u32::MAX) }
-    }
-
-    /// Itself, or `other` where it holds nothing back: parameters are the driver's wish, and the device may interrupt less often.
-    pub(super) fn or(self, other: Self) -> Self {
-        if self.max_packets > 0 && self.max_usecs > 0 { self } else { other }
-    }
 
     /// As the driver writes it.
     pub(super) fn from_bytes(bytes: [u8; Self::SIZE]) -> Self {

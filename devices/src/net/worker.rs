@@ -19,7 +19,6 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::announce::Rounds;
 use super::batch::Batch;
-use super::coalescing::Coalescing;
 use super::control::Control;
 use super::counters::{PairCounters, Passed};
 use super::features::{GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, bit};
@@ -36,16 +35,23 @@ use super::{MAX_FRAME, features};
 use crate::metrics::Counter;
 use crate::pace::moderation::Tuning;
 use crate::pace::{Pace, Taken};
+use crate::scheduling::Stance;
 use crate::virtio::ring::RingError;
 use crate::virtio::{StoppedQueue, TransportSignals};
 use crate::{DeviceEvent, GuestMemory};
 
 /// How frames are gathered. TCP follows the way that frames take by much more than chance, hence the gain. A worker that waits
-/// until the vCPU where it is woken has finished makes fewer interrupts of as many frames, also where no more can come. Those that
-/// TCP hands over in pieces of many kilobytes wait for nothing: Linux lets a stream have few of them on their way. Each of them
-/// wakes its receiver on the host, who preempts a worker that is not first.
-pub(super) const TUNING: Tuning =
-    Tuning { longest: Duration::from_millis(4), episode: 512, gain: 1.3, first: 1, large: 16384.0 };
+/// until the vCPU where it is woken has finished makes fewer interrupts of as many frames, also where no more can come. One whom
+/// receivers on the host preempt for each frame takes turns with them, at the cost of both. Frames that TCP hands over in pieces
+/// of many kilobytes wait for nothing: Linux lets a stream have few of them on their way.
+pub(super) const TUNING: Tuning = Tuning {
+    longest: Duration::from_millis(4),
+    episode: 512,
+    gain: 1.3,
+    first: 1,
+    large: 16384.0,
+    patient: Stance::Steady,
+};
 
 /// What the device tells a worker.
 pub(super) enum Message {
@@ -86,8 +92,6 @@ pub(super) struct Context<'a> {
     pub(super) header: usize,
     /// Room to keep ready for the next frame, in bytes, with its header.
     pub(super) largest_frame: usize,
-    /// How long interrupts are held back where the driver has not said.
-    pub(super) held: Coalescing,
     /// What hashes frames for the driver, if it wants to hear of that.
     pub(super) hasher: Option<&'a Hasher>,
 }
@@ -99,8 +103,7 @@ impl Context<'_> {
         if at_once {
             return lane.flush(self.memory, interrupts);
         }
-        let coalescing = self.shared.coalescing.get(lane.index).or(self.held);
-        lane.settle(self.memory, coalescing, self.now, interrupts)
+        lane.settle(self.memory, self.shared.coalescing.get(lane.index), self.now, interrupts)
     }
 }
 
@@ -463,7 +466,6 @@ impl Running {
             filter: &self.filter.1,
             offloads,
             header,
-            held: self.pace.moderation.hold().map_or_else(Coalescing::default, Coalescing::of_ours),
             largest_frame: header + if offloads & segmented == 0 { shared.plain_frame } else { MAX_FRAME },
             hasher: self.hasher.1.as_ref().as_ref().filter(|_| self.reports),
         };

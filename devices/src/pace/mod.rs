@@ -9,7 +9,7 @@ mod search;
 
 use std::time::{Duration, Instant};
 
-use self::moderation::{Level, Moderation, Tuning};
+use self::moderation::{Moderation, Tuning};
 use crate::scheduling::{self, Stance};
 
 /// The most that is looked for work at a time.
@@ -64,7 +64,7 @@ impl Pace {
     pub fn begin(tuning: Tuning) -> Self {
         let now = Instant::now();
         let moderation = Moderation::new(tuning, now);
-        let Level { stance, .. } = moderation.level();
+        let stance = moderation.stance();
         // Whatever the thread was for a former driver.
         let _ = scheduling::take(stance);
         Self { polling: Polling::default(), moderation, settled: now, stance }
@@ -93,8 +93,7 @@ impl Pace {
             return;
         }
         self.moderation.taken(taken, now);
-        let Level { stance, .. } = self.moderation.level();
-        self.take(stance);
+        self.take(self.moderation.stance());
     }
 }
 
@@ -120,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_new_driver_finds_the_worker_as_it_begins_whatever_it_was_for_the_former_one() {
-        let tuning = Tuning { longest: SOON, episode: 1, gain: 1.0, first: 0, large: 1.0 };
+        let tuning = Tuning { longest: SOON, episode: 1, gain: 1.0, first: 0, large: 1.0, patient: Stance::Last };
         let before = scheduling::policy(0);
         Pace::begin(tuning).stand_back();
         assert_ne!(scheduling::policy(0), before);

@@ -4,15 +4,13 @@
 use std::time::{Duration, Instant};
 
 use super::Taken;
-use super::moderation::Level;
+use super::moderation::{LEVELS, Level, Tuning};
 
 /// What is tried in turn, from the present level: first what gains most where there is anything to gain.
 const STEPS: [isize; 5] = [3, 1, -1, 2, -2];
 /// Those that go on from a level that was better, upwards and downwards.
 const UPWARDS: usize = 1;
 const DOWNWARDS: usize = 2;
-/// The most levels that there are to choose from.
-const MOST: usize = 6;
 /// A try ends after so many batches already if nothing gathers, after so many waits for what the driver does not have if most
 /// batches were such, and when it takes so many times as long as without.
 const PROBE: u32 = 8;
@@ -26,24 +24,7 @@ const NEW: f64 = 0.5;
 const WORSE: f64 = 0.7;
 /// Episodes between two tries: twice as many each time, as long as they fail.
 const SOONEST: u32 = 4;
-const LATER: u32 = 32;
 pub(super) const LATEST: u32 = 256;
-
-/// What there is to choose from.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Plan {
-    /// At most [`MOST`].
-    pub levels: &'static [Level],
-    /// The level to begin with, and to go back to where nothing is gained.
-    pub first: usize,
-    /// How many times as much has to come through for a change of level: less may be chance.
-    pub gain: f64,
-    /// Requests that are looked at together.
-    pub episode: u32,
-    /// Whether levels differ in how many requests are to gather: batches of one, and those that are great already, say then
-    /// that there is nothing to gain.
-    pub gathers: bool,
-}
 
 /// What comes through per second.
 #[derive(Debug, Clone, Copy, Default)]
@@ -62,14 +43,14 @@ impl Rate {
 
 #[derive(Debug)]
 pub(super) struct Search {
-    plan: Plan,
+    tuning: Tuning,
     /// The level that is best as far as is known, and the one that is being tried.
     home: usize,
     tried: Option<usize>,
     /// Which of [`STEPS`] is next.
     step: usize,
     /// What comes through, by level.
-    rates: [Option<Rate>; MOST],
+    rates: [Option<Rate>; LEVELS.len()],
     /// What they were at home when something was tried last.
     compared: f64,
     since: Instant,
@@ -84,13 +65,13 @@ pub(super) struct Search {
 }
 
 impl Search {
-    pub fn new(plan: Plan, now: Instant) -> Self {
+    pub fn new(tuning: Tuning, now: Instant) -> Self {
         Self {
-            plan,
-            home: plan.first,
+            tuning,
+            home: tuning.first,
             tried: None,
             step: 0,
-            rates: [None; MOST],
+            rates: [None; LEVELS.len()],
             compared: 0.0,
             since: now,
             requests: 0,
@@ -110,9 +91,7 @@ impl Search {
 
     /// For a driver that has begun something new: what was tried in vain need not be so again at once.
     pub fn anew(&self, now: Instant) -> Self {
-        // Where nothing gathers, nobody waits for what is tried.
-        let backoff = if self.plan.gathers { self.backoff } else { SOONEST };
-        Self { left: self.left.min(2), backoff, ..Self::new(self.plan, now) }
+        Self { left: self.left.min(2), backoff: self.backoff, ..Self::new(self.tuning, now) }
     }
 
     /// The level that is in force.
@@ -134,12 +113,12 @@ impl Search {
 
     /// How to take requests.
     pub fn level(&self) -> Level {
-        self.plan.levels.get(self.index()).copied().unwrap_or_default()
+        LEVELS.get(self.index()).copied().unwrap_or_default()
     }
 
     /// Requests that come through in a second with the level to begin with.
     pub fn first_rate(&self) -> f64 {
-        self.rate(self.plan.first).requests
+        self.rate(self.tuning.first).requests
     }
 
     /// A wait for more requests was over before they came, and there was nothing else to wait for.
@@ -160,13 +139,14 @@ impl Search {
         self.batches = self.batches.saturating_add(1);
         let time = now.saturating_duration_since(self.since).max(Duration::from_micros(1)).as_secs_f64();
         let rate = Rate { requests: f64::from(self.requests) / time, work: self.work as f64 / time };
-        let alone = self.plan.gathers && self.batches >= PROBE && self.batches.saturating_mul(2) > self.requests;
-        let slow = self.tried.is_some() && time * self.rate(self.home).requests > SLOWER * f64::from(self.plan.episode);
+        let alone = self.batches >= PROBE && self.batches.saturating_mul(2) > self.requests;
+        let slow =
+            self.tried.is_some() && time * self.rate(self.home).requests > SLOWER * f64::from(self.tuning.episode);
         let vain = self.vain >= VAIN && self.vain.saturating_mul(2) > self.batches;
-        if self.index() > self.plan.first && (alone || vain) {
+        if self.index() > self.tuning.first && (alone || vain) {
             self.unsuited();
             self.begin(now);
-        } else if self.requests >= self.plan.episode || slow {
+        } else if self.requests >= self.tuning.episode || slow {
             self.learn(rate);
             self.begin(now);
         }
@@ -208,29 +188,23 @@ impl Search {
             }
             Some(tried) if self.is_better(tried) => {
                 (self.step, self.home, self.tried) = (if tried > self.home { UPWARDS } else { DOWNWARDS }, tried, None);
-                (self.left, self.backoff) = if self.plan.levels.len() > 2 {
-                    // Perhaps there is one that is better still.
-                    (1, SOONEST)
-                } else {
-                    // The other one was seen just now.
-                    self.compared = rate.work;
-                    (if tried == self.plan.first { SOONEST } else { LATER }, LATER)
-                };
+                // Perhaps there is one that is better still.
+                (self.left, self.backoff) = (1, SOONEST);
             }
             Some(_) => self.tried_in_vain(),
         }
     }
 
     fn try_another(&mut self) {
-        let may_gain = !self.plan.gathers || self.batches.saturating_mul(SMALL) > self.requests;
+        let may_gain = self.batches.saturating_mul(SMALL) > self.requests;
         self.compared = self.rate(self.home).work;
         for _ in STEPS {
             let step = STEPS.get(self.step).copied().unwrap_or(1);
             self.step = (self.step + 1) % STEPS.len();
-            let next = self.home.checked_add_signed(step).filter(|next| *next < self.plan.levels.len());
+            let next = self.home.checked_add_signed(step).filter(|next| *next < LEVELS.len());
             // Greater batches than that have nothing to gain upwards.
             if let Some(next) = next
-                && (may_gain || self.home > self.plan.first || next < self.home)
+                && (may_gain || self.home > self.tuning.first || next < self.home)
             {
                 self.tried = Some(next);
                 return;
@@ -247,7 +221,7 @@ impl Search {
     fn is_better(&self, tried: usize) -> bool {
         let (home, other) = (self.rate(self.home).work, self.rate(tried).work);
         // Where nothing is gained, nothing waits.
-        if tried == self.plan.first { other > home } else { other >= home * self.plan.gain }
+        if tried == self.tuning.first { other > home } else { other >= home * self.tuning.gain }
     }
 
     fn begin(&mut self, now: Instant) {

@@ -7,7 +7,6 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use super::*;
 use crate::NoNotifier;
 use crate::net::batch::Batch;
-use crate::net::coalescing::{Coalescing, Queues};
 use crate::net::counters::PairCounters;
 use crate::net::filter::Filter;
 use crate::net::lane::Lane;
@@ -31,7 +30,6 @@ struct Rig {
     filter: Filter,
     host: UnixDatagram,
     now: Instant,
-    held: Coalescing,
 }
 
 impl Rig {
@@ -57,7 +55,7 @@ impl Rig {
         let (counters, filter) = (PairCounters::default(), Filter::new(MAC, false));
         let host = host.pop().unwrap();
         host.set_nonblocking(true).unwrap();
-        Self { driver, tx, shared, counters, memory, filter, host, now: Instant::now(), held: Coalescing::default() }
+        Self { driver, tx, shared, counters, memory, filter, host, now: Instant::now() }
     }
 
     /// Gives a frame; tells whether the driver is to kick.
@@ -81,7 +79,6 @@ impl Rig {
             offloads: 0,
             header: HEADER_SIZE,
             largest_frame: 1600,
-            held: self.held,
             hasher: None,
         };
         act(&mut self.tx, &context)
@@ -148,26 +145,4 @@ fn a_queue_that_finds_more_while_it_looks_asks_for_no_kick_and_one_that_does_not
     assert!(!rig.rest(&mut pace), "nothing comes");
     assert!(pace.polling.window().is_zero(), "it is not looked for again in vain");
     assert!(rig.give());
-}
-
-#[test]
-fn interrupts_of_a_card_that_holds_them_back_come_when_their_time_is_over_and_as_the_driver_says_once_it_does() {
-    let mut rig = Rig::new();
-    let mut moderation = Moderation::at(0, TUNING, rig.now);
-    let hold = Duration::from_millis(1);
-    rig.held = Coalescing::of_ours(hold);
-    rig.give();
-    rig.service(&mut moderation);
-    assert_eq!((rig.arrived(), rig.driver.ring(0).used_index()), (1, 1), "the driver can see it");
-    assert_eq!((rig.driver.ring(0).interrupts(), rig.tx.lane.due), (0, Some(rig.now + hold)));
-    rig.now += hold;
-    rig.service(&mut moderation);
-    assert_eq!((rig.driver.ring(0).interrupts(), rig.tx.lane.due), (1, None));
-    let own = Coalescing { max_packets: 10, max_usecs: 20 };
-    rig.shared.coalescing.set(Queues::All, own);
-    rig.driver.ring(0).take_used();
-    rig.driver.ring(0).want_interrupts(true);
-    rig.give();
-    rig.service(&mut moderation);
-    assert_eq!(rig.tx.lane.due, Some(rig.now + Duration::from_micros(20)));
 }
