@@ -38,6 +38,11 @@ impl Lane {
         }
     }
 
+    /// Whether it is a transmit queue (virtio 1.2 §5.1.2).
+    pub(super) fn sends(&self) -> bool {
+        !self.index.is_multiple_of(2)
+    }
+
     /// A frame was put into the ring, or taken out of it.
     pub(super) fn count_frame(&mut self) {
         self.frames = self.frames.saturating_add(1);

@@ -254,18 +254,33 @@ impl Path {
     }
 
     /// Has the kernel interrupt the driver itself where nothing is held back, and does it where it could not, or when it is due.
-    pub(super) fn serve_calls(&mut self, vhost: &Vhost, coalescing: &CoalescingTable, counters: &PairCounters) {
+    pub(super) fn serve_calls(
+        &mut self,
+        vhost: &mut Vhost,
+        memory: &GuestMemoryMmap,
+        coalescing: &CoalescingTable,
+        counters: &PairCounters,
+    ) {
         let now = Instant::now();
-        for (lane, call, interrupts) in self.called(vhost, counters) {
-            let parameters = coalescing.get(lane.index);
-            lane.set_direct(call, !parameters.holds());
-            lane.pass_on(call.read().is_ok(), parameters, now, interrupts);
+        let Vhost { calls, sent, .. } = vhost;
+        for (lane, call, interrupts) in self.called(calls, counters) {
+            let asked = call.read().is_ok();
+            let mut parameters = coalescing.get(lane.index);
+            let mut direct = !parameters.holds();
+            if lane.sends() {
+                sent.follow(asked, now, &lane.ring, memory);
+                if direct {
+                    (parameters, direct) = (sent.coalescing(), sent.are_direct());
+                }
+            }
+            lane.set_direct(call, direct);
+            lane.pass_on(asked, parameters, now, interrupts);
         }
     }
 
     /// Interrupts the driver at once where the kernel, which has stopped, wanted it.
     pub(super) fn end_calls(&mut self, vhost: &Vhost, counters: &PairCounters) {
-        for (lane, call, interrupts) in self.called(vhost, counters) {
+        for (lane, call, interrupts) in self.called(&vhost.calls, counters) {
             lane.set_direct(call, false);
             lane.pass_on(call.read().is_ok(), Coalescing::default(), Instant::now(), interrupts);
         }
@@ -273,10 +288,10 @@ impl Path {
 
     fn called<'a>(
         &'a mut self,
-        vhost: &'a Vhost,
+        calls: &'a [Arc<EventFd>; 2],
         counters: &'a PairCounters,
     ) -> impl Iterator<Item = (&'a mut Lane, &'a Arc<EventFd>, &'a Counter)> {
-        let lanes = self.lanes(counters).into_iter().zip(&vhost.calls);
+        let lanes = self.lanes(counters).into_iter().zip(calls);
         lanes.filter_map(|(lane, call)| lane.map(|(lane, interrupts)| (lane, call, interrupts)))
     }
 

@@ -1,10 +1,10 @@
 //! The kernel's data path: vhost-net, which moves frames between the rings of a pair and its queue of the tap by itself.
 //!
-//! Kicks reach the kernel directly, and interrupts the driver as long as their vector is unmasked and the driver does not have
-//! them held back; else they come by the same eventfd to the pair's worker, which passes them on to the vector. Those for what was
-//! sent are no exception: a TCP stream waits for them (Linux' small queues).
+//! Kicks reach the kernel directly, and interrupts the driver as long as their vector is unmasked and they are not held back, as
+//! the driver or we ([`sent`]) wish; else they come by the same eventfd to the pair's worker, which passes them on to the vector.
 #![allow(unsafe_code)] // The kernel gets addresses of guest RAM, which has to outlive their use.
 
+mod sent;
 mod sys;
 pub(super) mod thread;
 
@@ -12,10 +12,12 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::sent::SentCalls;
 use self::sys::{Event, Region, RingAddresses};
 use super::device::RING_INDIRECT_DESC;
 use super::features::{MRG_RXBUF, bit};
@@ -39,6 +41,8 @@ pub(super) struct Vhost {
     memory: Option<Arc<GuestMemoryMmap>>,
     /// The kernel wants the driver interrupted, for each ring.
     pub(super) calls: [Arc<EventFd>; 2],
+    /// When those for what was sent reach the driver.
+    pub(super) sent: SentCalls,
     /// A ring is broken.
     pub(super) error: EventFd,
 }
@@ -56,7 +60,13 @@ impl Vhost {
             return Err(io::ErrorKind::Unsupported.into());
         }
         (0..2).try_for_each(|ring| sys::set_polling(&device, ring, POLLING))?;
-        Ok(Self { device, memory: None, calls: [Arc::new(event()?), Arc::new(event()?)], error: event()? })
+        Ok(Self {
+            device,
+            memory: None,
+            calls: [Arc::new(event()?), Arc::new(event()?)],
+            sent: SentCalls::new(Instant::now()),
+            error: event()?,
+        })
     }
 
     /// Whether the kernel serves a driver with these features as our own path does: without MRG_RXBUF it leaves the number of
@@ -68,6 +78,11 @@ impl Vhost {
     /// Whether the kernel has the rings.
     pub(super) fn runs(&self) -> bool {
         self.memory.is_some()
+    }
+
+    /// When [`Vhost::sent`] is to look at the ring.
+    pub(super) fn due(&self) -> Option<Instant> {
+        if self.runs() { self.sent.due() } else { None }
     }
 
     /// Has the kernel go on where the rings stand, between them and `tap`. Nobody else may touch the rings until
@@ -87,6 +102,7 @@ impl Vhost {
         }
         // Of a former start.
         let _ = self.error.read();
+        self.sent = SentCalls::new(Instant::now());
         self.memory = Some(Arc::clone(memory));
         let started = self.prepare(features, memory, lanes).and_then(|()| {
             (0..).zip(lanes).try_for_each(|(ring, _)| sys::set_backend(&self.device, ring, Some(tap)))?;

@@ -261,10 +261,12 @@ impl Worker {
         }
     }
 
-    /// Sets the timer to the first interrupt that is held back.
+    /// Sets the timer to the first interrupt that is held back, or the next look at the kernel's rings.
     fn set_timer(&mut self, counters: &PairCounters) {
         let Some(running) = &mut self.running else { return };
-        let Some(due) = running.path.due().filter(|due| self.alarm != Some(*due)) else { return };
+        let look = self.vhost.as_ref().and_then(Vhost::due);
+        let due = running.path.due().into_iter().chain(look).min();
+        let Some(due) = due.filter(|due| self.alarm != Some(*due)) else { return };
         // Zero would switch it off.
         let wait = due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         match self.timer.reset(wait, None) {

@@ -209,13 +209,27 @@ impl Ring {
                 return Ok(None);
             }
         }
-        let slot = u64::from(self.next_available % self.size);
-        let head = self.load(memory, self.available + 4 + 2 * slot, Ordering::Relaxed)?;
-        if head >= self.size {
-            return Err(RingError::DescriptorIndex { index: head, size: self.size });
-        }
+        let head = self.head_at(memory, self.next_available)?;
         self.next_available = self.next_available.wrapping_add(1);
         Ok(Some(head))
+    }
+
+    /// The head that the driver made available at `position`, or another one that has taken its place since.
+    ///
+    /// # Errors
+    /// [`RingError`] if it is no descriptor of this ring.
+    pub fn head_at(&self, memory: &GuestMemoryMmap, position: u16) -> Result<u16> {
+        let slot = u64::from(position % self.size);
+        let head = self.load(memory, self.available + 4 + 2 * slot, Ordering::Relaxed)?;
+        if head < self.size { Ok(head) } else { Err(RingError::DescriptorIndex { index: head, size: self.size }) }
+    }
+
+    /// The driver's available index: how far it is, whoever has the ring.
+    ///
+    /// # Errors
+    /// [`RingError::RingUnmapped`] if the ring is no longer in RAM.
+    pub fn offered(&self, memory: &GuestMemoryMmap) -> Result<u16> {
+        self.load(memory, self.available + 2, Ordering::Acquire)
     }
 
     /// How many chains [`Ring::next_head`] can take.
@@ -230,7 +244,7 @@ impl Ring {
     /// Whether [`Ring::next_head`] has something to tell: a head, or what is wrong with the ring.
     #[must_use]
     pub fn is_available(&self, memory: &GuestMemoryMmap) -> bool {
-        self.load(memory, self.available + 2, Ordering::Acquire) != Ok(self.next_available)
+        self.offered(memory) != Ok(self.next_available)
     }
 
     /// Gives back the last `count` heads that were taken (at most as many as are not used yet): they are taken again next.
@@ -260,7 +274,7 @@ impl Ring {
 
     fn read_available_index(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
         // Pairs with the driver's barrier: descriptors and entries are written before the index.
-        let index = self.load(memory, self.available + 2, Ordering::Acquire)?;
+        let index = self.offered(memory)?;
         if index.wrapping_sub(self.next_available) > self.size {
             return Err(RingError::AvailableIndex { index, next: self.next_available, size: self.size });
         }

@@ -67,7 +67,7 @@ impl Worker {
         let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return };
         match running.path.hand_over(vhost, &running.map, tap, &self.watches, counters) {
             Ok(()) => {
-                running.path.serve_calls(vhost, &self.shared.coalescing, counters);
+                running.path.serve_calls(vhost, &running.map, &self.shared.coalescing, counters);
                 running.pace.stand_back();
                 counters.vhost_engaged.set(1);
             }
@@ -83,10 +83,10 @@ impl Worker {
 
     /// Does what there is to do for a pair whose rings the kernel has; says whether there is more to do at once.
     pub(super) fn stand_by(&mut self, counters: &PairCounters) -> bool {
-        let (Some(vhost), Some(running)) = (&self.vhost, &mut self.running) else { return false };
+        let (Some(vhost), Some(running)) = (&mut self.vhost, &mut self.running) else { return false };
         let more = running.serve_control(&self.shared);
         // After a command was obeyed that may have changed what is held back.
-        running.path.serve_calls(vhost, &self.shared.coalescing, counters);
+        running.path.serve_calls(vhost, &running.map, &self.shared.coalescing, counters);
         // A memory map that came this moment is followed in the next turn.
         more | !running.is_map_current()
     }
