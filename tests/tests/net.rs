@@ -184,23 +184,23 @@ fn listen_to_all(vhost: bool) {
 }
 
 /// A guest with two CPUs and a NIC with RSS on `tap`.
-fn with_rss(vmm: &Rackvisor, tap: &Tap) -> Guest {
+fn with_rss(vmm: &Rackvisor, tap: &Tap, vhost: bool) -> Guest {
     let mut config = linux_with_net();
     config.boot.as_mut().unwrap().cmdline += &tap.cmdline();
     config.cpus.count = 2;
-    config.nics = vec![NicConfig { queues: 2, rss: true, ..tap.nic() }];
+    config.nics = vec![NicConfig { queues: 2, rss: true, vhost, ..tap.nic() }];
     let mut guest = vmm.boot_linux(&config);
     guest.ok(&format!("ping -c 1 {}", tap.host()));
     guest
 }
 
-/// Sends 200 flows to the guest; gives how many frames each of its two queues received meanwhile.
-fn spread(vmm: &Rackvisor, tap: &Tap) -> [u64; 2] {
-    let received = || {
-        let metrics = vmm.client.metrics().unwrap();
-        ["queue=\"0\"", "queue=\"1\""].map(|queue| {
-            let line = metrics.lines().find(|line| line.contains("net_rx_packets") && line.contains(queue)).unwrap();
-            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64
+/// Sends 200 flows to the guest; gives how many frames each of its two queues received meanwhile, as the guest says.
+fn spread(guest: &mut Guest, tap: &Tap) -> [u64; 2] {
+    let mut received = || {
+        let said = guest.ok("ethtool -S eth0");
+        ["rx_queue_0_packets: ", "rx_queue_1_packets: "].map(|name| {
+            let count = said.lines().find_map(|line| line.trim().strip_prefix(name));
+            count.unwrap_or_else(|| panic!("no {name} in {said}")).trim().parse::<u64>().unwrap()
         })
     };
     let before = received();
@@ -218,12 +218,12 @@ fn linux_takes_rss_and_hash_reports_and_receives_by_all_its_queues() {
     needs_kvm!();
     impossible_in_a_jail!(RSS);
     let (tap, vmm) = (Tap::multi_queue(), Rackvisor::start());
-    let mut guest = with_rss(&vmm, &tap);
+    let mut guest = with_rss(&vmm, &tap, false);
     let features = guest.ok("cat /sys/class/net/eth0/device/features");
     for feature in [22, 53, 57, 60] {
         assert_eq!(features.as_bytes()[feature], b'1', "feature {feature}");
     }
-    let [first, second] = spread(&vmm, &tap);
+    let [first, second] = spread(&mut guest, &tap);
     assert!(first > 20 && second > 20, "{first} and {second}");
 }
 
@@ -231,19 +231,37 @@ fn linux_takes_rss_and_hash_reports_and_receives_by_all_its_queues() {
 fn a_guest_chooses_the_queue_that_receives_and_how_long_its_interrupts_are_held_back() {
     needs_kvm!();
     impossible_in_a_jail!(RSS);
+    choose_queue_and_interrupts(false);
+}
+
+#[test]
+fn a_guest_with_vhost_chooses_the_queue_that_receives_and_how_long_its_interrupts_are_held_back() {
+    needs_vhost!();
+    impossible_in_a_jail!(RSS);
+    choose_queue_and_interrupts(true);
+}
+
+fn choose_queue_and_interrupts(vhost: bool) {
     let (tap, vmm) = (Tap::multi_queue(), Rackvisor::start());
-    let mut guest = with_rss(&vmm, &tap);
+    let mut guest = with_rss(&vmm, &tap, vhost);
+    if vhost {
+        await_vhost(&vmm, true);
+    }
     guest.ok("ethtool -X eth0 weight 0 1");
-    let [_, second] = spread(&vmm, &tap);
+    let [_, second] = spread(&mut guest, &tap);
     // What has no hash, such as ARP, is for the first one all the same.
     assert!(second >= 200, "{second}");
     guest.ok("ethtool -X eth0 weight 1 0");
-    assert_eq!(spread(&vmm, &tap)[1], 0);
+    assert_eq!(spread(&mut guest, &tap)[1], 0);
     guest.ok("ethtool -X eth0 equal 2");
-    let [first, second] = spread(&vmm, &tap);
+    let [first, second] = spread(&mut guest, &tap);
     assert!(first > 20 && second > 20, "{first} and {second}");
     guest.ok("ethtool -C eth0 rx-usecs 2000 rx-frames 32 tx-usecs 2000 tx-frames 32");
     guest.ok(&format!("ping -c 3 {}", tap.host()));
+    if vhost {
+        await_vhost(&vmm, true);
+        assert_eq!(metric(&vmm, &["net_vhost_errors_total{"]), 0.0);
+    }
 }
 
 #[test]

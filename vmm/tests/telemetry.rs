@@ -15,12 +15,13 @@ const DOCUMENT: &str = include_str!("../../resources/metrics.md");
 const DASHBOARD: &str = include_str!("../../resources/grafana/rackvisor.json");
 
 /// Metrics of what a test machine may lack: vhost-net, a TPM, and a guest with a driver.
-const RARE: [&str; 8] = [
+const RARE: [&str; 9] = [
     "rackvisor_balloon_guest_faults",
     "rackvisor_balloon_guest_memory_bytes",
     "rackvisor_balloon_guest_swap_bytes",
     "rackvisor_net_vhost_engaged",
     "rackvisor_net_vhost_errors_total",
+    "rackvisor_net_vhost_hold_microseconds",
     "rackvisor_tpm_commands_total",
     "rackvisor_tpm_failures_total",
     "rackvisor_tpm_command_seconds",

@@ -31,6 +31,8 @@ pub(super) struct PairCounters {
     pub(super) tx_drops: TxDrops,
     /// Whether vhost-net has the rings.
     pub(super) vhost_engaged: Gauge,
+    /// Microseconds for which interrupts for what vhost-net sent are held back, without the driver's wish.
+    pub(super) vhost_hold: Gauge,
     /// vhost-net failed, or found a ring broken.
     pub(super) vhost_errors: Counter,
 }
@@ -132,6 +134,9 @@ impl PairCounters {
             let help = "Whether vhost-net moves the frames of the pair; if not, the VMM does.";
             let value = Value::Gauge(self.vhost_engaged.value() as f64);
             visit(Sample { name: "net_vhost_engaged", help, labels: labels(), value });
+            let help = "Microseconds for which interrupts for frames that vhost-net sent are held back, as they are many and small.";
+            let value = Value::Gauge(self.vhost_hold.value() as f64);
+            visit(Sample { name: "net_vhost_hold_microseconds", help, labels: labels(), value });
             let help = "Times that vhost-net failed or found a ring of the guest broken.";
             let value = Value::Counter(self.vhost_errors.value());
             visit(Sample { name: "net_vhost_errors", help, labels: labels(), value });

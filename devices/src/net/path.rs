@@ -269,6 +269,7 @@ impl Path {
             let mut direct = !parameters.holds();
             if lane.sends() {
                 sent.follow(asked, now, &lane.ring, memory);
+                counters.vhost_hold.set(sent.coalescing().max_usecs.into());
                 if direct {
                     (parameters, direct) = (sent.coalescing(), sent.are_direct());
                 }

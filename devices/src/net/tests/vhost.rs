@@ -46,14 +46,21 @@ impl Card {
         card
     }
 
-    fn engaged(&self) -> u32 {
+    /// The sum of a gauge over all pairs.
+    fn gauge(&self, name: &str) -> u32 {
         let mut sum = 0;
         self.device.metrics().collect(&mut |sample| {
-            if let ("net_vhost_engaged", Value::Gauge(value)) = (sample.name, sample.value) {
+            if let Value::Gauge(value) = sample.value
+                && sample.name == name
+            {
                 sum += value as u32;
             }
         });
         sum
+    }
+
+    fn engaged(&self) -> u32 {
+        self.gauge("net_vhost_engaged")
     }
 
     /// Waits until the kernel has the rings of so many pairs.
@@ -472,6 +479,34 @@ fn interrupts_of_vhost_are_held_back_for_as_long_as_the_driver_says_and_a_stop_t
         assert!(card.driver.ring(TX).wait_interrupt(SOON));
         card.passes(&wire, 6);
         assert_eq!(card.engaged(), 1);
+    });
+}
+
+#[test]
+fn interrupts_for_small_frames_are_held_back_and_those_for_large_ones_or_none_are_not() {
+    const BURST: usize = 64;
+    const LARGE: usize = 8000;
+    with_vhost(|features| {
+        let mut card = Card::kernel(1, features);
+        let address = card.driver.allocate((HEADER_SIZE + LARGE) as u64, 1);
+        card.driver.write(address + HEADER_SIZE as u64, &ethernet(true, LARGE, 1));
+        let hold = |card: &Card| card.gauge("net_vhost_hold_microseconds");
+        for (length, held) in [(100, true), (LARGE, false), (100, true)] {
+            let end = Instant::now() + SOON;
+            while (hold(&card) > 0) != held {
+                assert!(Instant::now() < end, "frames of {length} bytes; held for {} µs", hold(&card));
+                card.want_interrupts(TX);
+                for _ in 0..BURST {
+                    card.driver.ring(TX).add(&[Buffer::readable(address, (HEADER_SIZE + length) as u32)]);
+                }
+                card.driver.ring(TX).kick();
+                (0..BURST).for_each(|_| _ = card.used(TX));
+                assert!(card.driver.ring(TX).wait_interrupt(SOON), "the driver is interrupted");
+            }
+            assert!(hold(&card) <= 1000);
+        }
+        wait(|| hold(&card) == 0, "a driver that sends nothing is forgotten");
+        card.passes(&Wire::new("rvtest0", false), 2);
     });
 }
 

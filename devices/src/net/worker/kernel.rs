@@ -54,6 +54,7 @@ impl Worker {
             self.vhost = None;
         }
         counters.vhost_engaged.set(0);
+        counters.vhost_hold.set(0);
         if let Err(error) = running.path.take_back(&running.map, tap, &self.watches) {
             fail(&self.shared, &running.signals, &error);
         }
