@@ -147,10 +147,13 @@ impl VirtioPci {
     /// What the driver has made of the device so far.
     #[must_use]
     pub fn driver_state(&self) -> DriverState {
-        if self.shared.signals.is_broken() {
-            return DriverState::NeedsReset;
+        // Without the lock: a vCPU holds it while the kernel changes its routes.
+        let signals = &self.shared.signals;
+        match (signals.is_broken(), signals.is_driven()) {
+            (true, _) => DriverState::NeedsReset,
+            (false, true) => DriverState::Active,
+            (false, false) => DriverState::Idle,
         }
-        if self.shared.lock().transport.is_driven() { DriverState::Active } else { DriverState::Idle }
     }
 
     /// Stops the device and keeps its queue positions, until [`VirtioPci::resume`]. Pausing twice is harmless.

@@ -81,6 +81,11 @@ impl Signals {
         self.needs_reset.load(Ordering::Acquire)
     }
 
+    /// Whether the driver has said that it is ready.
+    pub(super) fn is_driven(&self) -> bool {
+        self.driver_ok.load(Ordering::SeqCst)
+    }
+
     /// The driver is ready: from now on it may be interrupted.
     pub(super) fn driver_ready(&self) {
         self.driver_ok.store(true, Ordering::SeqCst);

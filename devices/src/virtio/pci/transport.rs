@@ -292,11 +292,6 @@ impl Transport {
         }
     }
 
-    /// Whether the driver has finished its set-up and not reset the device since (DRIVER_OK).
-    pub(super) fn is_driven(&self) -> bool {
-        self.has(status::DRIVER_OK)
-    }
-
     /// Stops the device and keeps its queue positions.
     pub(super) fn pause(&mut self) -> Result<(), StillBusy> {
         self.paused = true;
