@@ -269,10 +269,12 @@ impl Path {
             let mut direct = !parameters.holds();
             if lane.sends() {
                 sent.follow(asked, now, &lane.ring, memory);
-                counters.vhost_hold.set(sent.coalescing().max_usecs.into());
+                let mut hold = 0;
                 if direct {
                     (parameters, direct) = (sent.coalescing(), sent.are_direct());
+                    hold = parameters.max_usecs;
                 }
+                counters.vhost_hold.set(hold.into());
             }
             lane.set_direct(call, direct);
             lane.pass_on(asked, parameters, now, interrupts);

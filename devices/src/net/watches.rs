@@ -17,7 +17,7 @@ pub(super) enum Token {
     RxKick,
     TxKick,
     ControlKick,
-    /// An interrupt that was held back is due.
+    /// An interrupt that was held back is due, or a look at a ring that the kernel has.
     Timer,
     /// The kernel wants the driver interrupted.
     Call,

@@ -2,7 +2,7 @@
 //!
 //! On a host whose processors are all busy, a worker that takes each request as soon as it is there makes each cost a kick, an
 //! interrupt and context switches of its own. There are two ways to take several at once:
-//! - Not to preempt (`SCHED_BATCH`, sched(7)): a worker that sleeps a lot preempts whoever runs where it is woken, such as
+//! - Not to preempt ([`Tuning::patient`], sched(7)): a worker that sleeps a lot preempts whoever runs where it is woken, such as
 //!   the vCPU whose driver just kicked for the first of many requests. Without, it runs when that vCPU halts or its slice ends.
 //! - To ask the driver to kick only when some requests are available, and to wait for them a bounded time.
 //!
