@@ -99,5 +99,7 @@ class Running:
 
     def said(self):
         """The last of what guest and process said, for an error message."""
+        while select.select([self.serial], [], [], 0)[0] and (unread := os.read(self.serial, 65536)):
+            self.output += unread
         self.errors.seek(0)
         return (self.output[-2000:] + self.errors.read()[-2000:]).decode(errors="replace")

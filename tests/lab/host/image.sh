@@ -23,18 +23,18 @@ prepare_images() {
     local cache key
     cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/rackvisor-lab
     mkdir -p "$cache"
-    key=$(cat "$lab/guest/init" "$lab/host/image.sh" "$lab/host/qemu-cr8.c" <(stat -c '%Y %s' "/boot/vmlinuz-$kernel_version" \
+    key=$(cat "$lab/guest/init" "$lab/host/image.sh" "$lab/host/qemu-mends.c" <(stat -c '%Y %s' "/boot/vmlinuz-$kernel_version" \
         "/lib/modules/$kernel_version/modules.dep" "$(busybox_path)") | sha256sum | cut -c 1-16)
     kernel_image=$cache/vmlinux-$kernel_version-$key
     initrd_image=$cache/initrd-$kernel_version-$key
-    qemu_preload=$cache/qemu-cr8-$key.so
+    qemu_preload=$cache/qemu-mends-$key.so
     [[ -s $kernel_image && -s $initrd_image && -s $qemu_preload ]] && return
     find "$cache" -maxdepth 1 -type f -mtime +7 -delete
     make_kernel >"$kernel_image.$$"
     mv "$kernel_image.$$" "$kernel_image"
     make_initrd "$initrd_image.$$"
     mv "$initrd_image.$$" "$initrd_image"
-    gcc -shared -fPIC -O2 -o "$qemu_preload.$$" "$lab/host/qemu-cr8.c"
+    gcc -shared -fPIC -O2 -o "$qemu_preload.$$" "$lab/host/qemu-mends.c"
     mv "$qemu_preload.$$" "$qemu_preload"
 }
 

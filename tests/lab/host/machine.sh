@@ -142,6 +142,8 @@ run_once() {
     stop_qemu
     # what TCG lacks of an EPYC is no news
     sed -i "/TCG doesn't support requested feature/d" "$work/qemu.log"
+    # of qemu-mends.c
+    sed -n 's/^lab: //p' "$work/qemu.log" | while read -r line; do say "$line"; done
 }
 
 # What the lab's kernel, its set-up and QEMU said last.
