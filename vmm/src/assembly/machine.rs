@@ -12,7 +12,7 @@ use rackvisor_devices::virtio::rng::VirtioRng;
 use super::console::LiveConsole;
 use super::inventory::Inventory;
 use super::platform::{self, Platform, Processors};
-use super::{AssemblyError, DeviceBusy, DeviceStart, Host, balloon, disks, nics, tpm};
+use super::{AssemblyError, DeviceStart, Host, MachineBusy, balloon, disks, nics, tpm};
 use crate::boot::loading::Loading;
 use crate::boot::{BootImages, LoadedImages};
 use crate::cpu::metrics::VcpuSetMetrics;
@@ -108,33 +108,30 @@ impl Machine {
     }
 
     /// Lets the guest run.
-    pub fn start_vcpus(&self) {
+    pub fn start_vcpus(&mut self) {
         self.vcpus.start();
     }
 
-    /// Stops the guest; devices still work on what is in flight.
+    /// Stops the guest, then every device, and says what has not stopped yet. Never waits: the machine's owner is told when the
+    /// vCPUs have and when a device has; call it again then.
     ///
     /// # Errors
-    /// [`AssemblyError::Cpu`] when a vCPU does not answer.
-    pub fn stop_vcpus(&self) -> Result<(), AssemblyError> {
-        Ok(self.vcpus.stop()?)
-    }
-
-    /// Stops every device, and says which one has not drained yet. Never waits; call it again.
-    ///
-    /// # Errors
-    /// [`DeviceBusy`] for the device that waits longest.
-    pub fn pause_devices(&self) -> Result<(), DeviceBusy> {
+    /// [`MachineBusy`] for the vCPUs, or the device that waits longest.
+    pub fn stop(&mut self) -> Result<(), MachineBusy> {
+        self.vcpus.stop()?;
         self.platform.pause(true);
         let busy = self.inventory.transports().iter().filter_map(|t| {
             let busy = t.pause().err()?;
-            Some(DeviceBusy { device: t.id().to_owned(), busy })
+            Some((t.id().to_owned(), busy))
         });
         let tpm = self.platform.tpm().and_then(|tpm| {
             let busy = tpm.stop().err()?;
-            Some(DeviceBusy { device: tpm.id().to_owned(), busy })
+            Some((tpm.id().to_owned(), busy))
         });
-        busy.chain(tpm).max_by_key(|b| b.busy.oldest).map_or(Ok(()), Err)
+        match busy.chain(tpm).max_by_key(|(_, busy)| busy.oldest) {
+            None => Ok(()),
+            Some((device, busy)) => Err(MachineBusy::Device { device, busy }),
+        }
     }
 
     /// Lets the devices go on where they stopped.
@@ -191,10 +188,10 @@ impl Machine {
     /// Flushes the disks, ends all threads and gives everything back. May wait for a disk: not for the control thread.
     ///
     /// # Errors
-    /// What the last flush of a disk said.
+    /// What the last flush of a disk said, or which vCPU does not end.
     pub fn dismantle(self) -> Result<(), String> {
-        let failures: Vec<String> = self.inventory.flush_disks();
-        drop(self.vcpus);
+        let mut failures: Vec<String> = self.inventory.flush_disks();
+        failures.extend(self.vcpus.end().err().map(|error| error.to_string()));
         self.console.close();
         if failures.is_empty() { Ok(()) } else { Err(failures.join("; ")) }
     }

@@ -40,6 +40,7 @@ use crate::boot::BootError;
 use crate::boot::image::ImageError;
 use crate::confinement::Confinement;
 use crate::cpu::CpuError;
+use crate::cpu::stop::VcpusBusy;
 use crate::cpu::vcpu::EventSink;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;
@@ -179,14 +180,20 @@ impl From<AssemblyError> for Problem {
     }
 }
 
-/// A device that has not drained, by name.
+/// What a machine that was told to stop still waits for.
 #[derive(Debug, Error)]
-#[error("{busy} on {device}")]
-pub struct DeviceBusy {
-    /// Identifier of the device.
-    pub device: String,
-    /// What it waits for.
-    pub busy: StillBusy,
+pub enum MachineBusy {
+    /// vCPUs that run.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusBusy),
+    /// A device that has not drained.
+    #[error("{busy} on {device}")]
+    Device {
+        /// Identifier of the device.
+        device: String,
+        /// What it waits for.
+        busy: StillBusy,
+    },
 }
 
 /// A device that does not start again.

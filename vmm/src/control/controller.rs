@@ -202,9 +202,7 @@ impl Controller {
 
     /// Looks after deadlines.
     pub fn tick(&mut self) {
-        if matches!(self.operation, Some(Operation::Drain { .. })) {
-            self.drain();
-        }
+        self.drain();
         self.look_at_disks(Instant::now());
         self.look_at_watchdog(Instant::now());
         self.work_off();
@@ -323,7 +321,7 @@ impl Controller {
     fn assembled(&mut self, outcome: Result<Machine, AssemblyError>) {
         let Some(Operation::Boot { reply }) = self.operation.take() else { return };
         match outcome {
-            Ok(machine) => {
+            Ok(mut machine) => {
                 machine.start_vcpus();
                 let inventory = machine.inventory();
                 self.telemetry.replace(inventory.parts.clone());
@@ -447,15 +445,15 @@ impl Controller {
 
     /// Starts devices and vCPUs.
     pub(super) fn run_machine(&mut self) -> Result<(), Problem> {
-        let Some(machine) = &self.machine else { return Ok(()) };
+        let Some(machine) = &mut self.machine else { return Ok(()) };
         machine.resume_devices().map_err(Problem::from)?;
         machine.start_vcpus();
         Ok(())
     }
 
     fn vcpu_event(&mut self, event: VcpuEvent) {
-        // A panic is only to be told, and nothing waits for it.
-        if self.operation.is_some() && !matches!(event, VcpuEvent::GuestPanicked(_)) {
+        // A panic is only to be told, and nothing waits for it; a standstill is waited for.
+        if self.operation.is_some() && !matches!(event, VcpuEvent::GuestPanicked(_) | VcpuEvent::Stopped) {
             self.guest_wants.get_or_insert(event);
             return;
         }
@@ -470,6 +468,7 @@ impl Controller {
                 self.guest_ends(GuestEvent::Shutdown, "guest power-off");
             }
             VcpuEvent::Request(request) => tracing::error!(?request, "a request that no part of the VM takes"),
+            VcpuEvent::Stopped => self.drain(),
             VcpuEvent::Crashed(cause) => self.guest_ends(GuestEvent::Crash, &cause),
             VcpuEvent::GuestPanicked(parameters) => {
                 let parameters = parameters.iter().map(|parameter| format!("{parameter:#x}")).collect();
@@ -495,11 +494,7 @@ impl Controller {
     fn device_event(&mut self, device: &str, event: DeviceEvent) {
         let device = device.to_owned();
         match event {
-            DeviceEvent::Drained => {
-                if matches!(self.operation, Some(Operation::Drain { .. })) {
-                    self.drain();
-                }
-            }
+            DeviceEvent::Drained => self.drain(),
             DeviceEvent::Resized { bytes } => self.publish(EventKind::DiskResized { device, capacity: bytes }),
             DeviceEvent::IoError { operation, offset, bytes, errno, held } => {
                 self.io_error(device, IoFailure { operation, offset, bytes, errno }, held);
@@ -543,7 +538,6 @@ impl Controller {
             let ending = Ending { to: VmState::Stopped, cause: Some("the VMM was told to end".into()) };
             self.begin(Purpose::End(ending), None);
         }
-        // Without a machine there is nothing to end; with a vCPU that does not stop there is nothing to be done.
         self.ended = self.operation.is_none();
     }
 

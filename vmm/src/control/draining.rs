@@ -1,4 +1,5 @@
-//! How the VM comes to a standstill: the vCPUs stop at once, the devices when nothing is in flight any more.
+//! How the VM comes to a standstill: first the vCPUs, then the devices when nothing is in flight any more. Nobody waits: whoever
+//! has stopped leaves a message.
 //!
 //! A disk that hangs (all paths down, `queue_if_no_path`) holds that up for as long as it hangs. Whoever waits is told at
 //! the deadline, with what is outstanding; the drain goes on and ends by itself. Until then another request may change
@@ -14,32 +15,21 @@ use super::controller::{Controller, shutting_down};
 use super::operation::{DRAIN_DEADLINE, Ending, Operation, Purpose};
 
 impl Controller {
-    /// Stops the vCPUs and begins to drain the devices.
+    /// Begins to bring the machine to a standstill.
     pub(super) fn begin(&mut self, purpose: Purpose, reply: Option<Reply>) {
-        let Some(machine) = &self.machine else { return };
-        if let Err(error) = machine.stop_vcpus() {
-            // A vCPU that does not come back cannot be drained around: the state says what is known.
-            tracing::error!(vm = self.name(), %error, "a vCPU does not stop");
-            if let Some(reply) = reply {
-                reply.send(Err(Problem::new(Code::Internal, error.to_string(), "look at the host's kernel log")));
-            }
+        if self.machine.is_none() {
             return;
         }
-        self.wait_for_devices(purpose, reply);
-    }
-
-    fn wait_for_devices(&mut self, purpose: Purpose, reply: Option<Reply>) {
         let deadline = Some(Instant::now() + DRAIN_DEADLINE);
         self.operation = Some(Operation::drain(purpose, reply, deadline, String::new()));
         self.drain();
     }
 
-    /// Goes on with an operation once the devices have drained; at its deadline, tells that they have not.
+    /// Goes on with an operation once nothing runs or is in flight; at its deadline, tells what is.
     pub(super) fn drain(&mut self) {
-        let Some(machine) = &self.machine else { return };
-        let drained = machine.pause_devices();
-        let Some(Operation::Drain { purpose, reply, deadline, .. }) = self.operation.take() else { return };
-        match drained {
+        let Some(machine) = &mut self.machine else { return };
+        let Some(Operation::Drain { purpose, reply, deadline, .. }) = self.operation.take_if(is_drain) else { return };
+        match machine.stop() {
             Ok(()) => self.drained(purpose, reply),
             Err(busy) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
                 self.late(purpose, reply, busy.to_string());
@@ -49,7 +39,7 @@ impl Controller {
     }
 
     fn late(&mut self, purpose: Purpose, reply: Option<Reply>, busy: String) {
-        tracing::error!(vm = self.name(), busy, "devices did not drain in time: the operation ends when they have");
+        tracing::error!(vm = self.name(), busy, "the machine did not stop in time: the operation ends when it has");
         if let Purpose::End(ending) = &purpose
             && (ending.to == VmState::Crashed || self.terminating)
         {
@@ -128,7 +118,7 @@ impl Controller {
             }
             _ => return reply.send(Err(still_busy(busy))),
         };
-        self.wait_for_devices(purpose, Some(reply));
+        self.begin(purpose, Some(reply));
     }
 
     /// The VM is to end, whatever it is doing.
@@ -163,7 +153,7 @@ fn is_drain(operation: &mut Operation) -> bool {
 }
 
 fn still_busy(busy: &str) -> Problem {
-    let remedy =
-        "look at what the device waits for (a LUN: multipath -ll; a TPM: its swtpm); the operation ends by itself";
+    let remedy = "look at what the device waits for (a LUN, also the one of firmware's variables: multipath -ll; a TPM: its swtpm); the \
+         operation ends by itself";
     Problem::new(Code::StillBusy, busy, remedy)
 }

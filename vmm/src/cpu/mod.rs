@@ -6,6 +6,7 @@ pub mod hyperv;
 pub mod metrics;
 pub mod model;
 pub mod state;
+pub mod stop;
 #[cfg(test)]
 mod tests;
 pub mod topology;
@@ -13,8 +14,8 @@ pub mod vcpu;
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rackvisor_api::config::{CpuModelName, CpusConfig};
@@ -25,14 +26,18 @@ use vmm_sys_util::signal::Killable;
 use self::cpuid::CpuModel;
 use self::metrics::VcpuMetrics;
 use self::state::PowerOnState;
+use self::stop::{Stopping, VcpusBusy};
 use self::topology::ApicIds;
 use self::vcpu::{Command, EventSink, Platform, VcpuThread, kick_signal};
 use crate::boot::Entry;
 use crate::kvm::chipset::Irqchip;
 use crate::kvm::{KvmError, refused};
 
-/// A vCPU answers within microseconds; when it does not within this time, the host is in deep trouble.
+/// A vCPU that stands still answers within microseconds; when it does not within this time, the host is in deep trouble.
 const ANSWER: Duration = Duration::from_secs(5);
+
+/// How long after one thread the next one may take to end. Hundreds of vCPUs on few CPUs need seconds.
+const END: Duration = Duration::from_secs(30);
 
 /// Why vCPUs could not be made or commanded.
 #[derive(Debug, Error)]
@@ -98,6 +103,14 @@ pub enum CpuError {
     /// A vCPU does not answer.
     #[error("vCPU {index} did not answer within {} s", ANSWER.as_secs())]
     NoAnswer {
+        /// Index of the vCPU.
+        index: u16,
+    },
+    /// The thread of a vCPU does not end.
+    #[error(
+        "the thread of vCPU {index} does not end, as KVM or a device does not answer it: look at the host's kernel log"
+    )]
+    NoEnd {
         /// Index of the vCPU.
         index: u16,
     },
@@ -168,7 +181,8 @@ impl NewVcpus {
         events: &EventSink,
         spawner: &dyn ThreadSpawner,
     ) -> Result<VcpuSet, CpuError> {
-        let mut set = VcpuSet { vcpus: Vec::with_capacity(self.fds.len()) };
+        let vcpus = Vec::with_capacity(self.fds.len());
+        let mut set = VcpuSet { vcpus, events: Arc::clone(events), stopping: None };
         for (index, (fd, power_on)) in (0u16..).zip(self.fds) {
             let (sender, commands) = mpsc::channel();
             let metrics = Arc::<VcpuMetrics>::default();
@@ -223,24 +237,60 @@ impl Vcpu {
 /// The vCPUs of a VM: one part with the lifecycle of a device.
 pub struct VcpuSet {
     vcpus: Vec<Vcpu>,
+    events: EventSink,
+    /// Set while they stand still or are about to.
+    stopping: Option<Arc<Stopping>>,
 }
 
 impl VcpuSet {
     /// Lets the guest run.
-    pub fn start(&self) {
+    pub fn start(&mut self) {
+        self.stopping = None;
         self.vcpus.iter().for_each(|vcpu| vcpu.command(Command::Run));
     }
 
-    /// Stops the guest. No vCPU runs when this returns.
+    /// Tells the guest to stop, unless that has been done, and says whether it has. Never waits: [`vcpu::VcpuEvent::Stopped`]
+    /// comes when it has; call it again then.
     ///
     /// # Errors
-    /// [`CpuError::NoAnswer`].
-    pub fn stop(&self) -> Result<(), CpuError> {
-        match self.all(|_, done| Command::Park(done)) {
-            // A thread that panicked runs no guest.
-            Err(CpuError::Gone { .. }) => Ok(()),
-            other => other,
+    /// [`VcpusBusy`].
+    pub fn stop(&mut self) -> Result<(), VcpusBusy> {
+        let stopping = self.stopping.get_or_insert_with(|| {
+            let stopping = Stopping::new(self.vcpus.len(), &self.events);
+            let moving = (0..).map(|index| stopping.moving(index));
+            self.vcpus.iter().zip(moving).for_each(|(vcpu, moving)| vcpu.command(Command::Park(moving)));
+            stopping
+        });
+        stopping.outcome()
+    }
+
+    /// Ends the threads. One that does not end is left to itself: it never runs the guest again. Waits; not for the control thread.
+    ///
+    /// # Errors
+    /// [`CpuError::NoEnd`] for the first one that does not.
+    pub fn end(mut self) -> Result<(), CpuError> {
+        self.end_within(END)
+    }
+
+    fn end_within(&mut self, patience: Duration) -> Result<(), CpuError> {
+        self.vcpus.iter().for_each(|vcpu| vcpu.command(Command::Exit));
+        let mut outcome = Ok(());
+        let mut last = Instant::now();
+        for vcpu in &mut self.vcpus {
+            let Some(handle) = vcpu.handle.take() else { continue };
+            while !handle.is_finished() && last.elapsed() < patience {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if !handle.is_finished() {
+                outcome = outcome.and(Err(CpuError::NoEnd { index: vcpu.index }));
+                continue;
+            }
+            last = Instant::now();
+            if handle.join().is_err() {
+                tracing::error!(vcpu = vcpu.index, "the thread of a vCPU panicked");
+            }
         }
+        outcome
     }
 
     /// Brings all vCPUs to power-on and the first to `entry`: without one it starts where the processor does, below 4 GiB (Intel
@@ -296,11 +346,8 @@ impl VcpuSet {
 
 impl Drop for VcpuSet {
     fn drop(&mut self) {
-        self.vcpus.iter().for_each(|vcpu| vcpu.command(Command::Exit));
-        for vcpu in &mut self.vcpus {
-            if let Some(Err(_)) = vcpu.handle.take().map(JoinHandle::join) {
-                tracing::error!(vcpu = vcpu.index, "the thread of a vCPU panicked");
-            }
+        if let Err(error) = self.end_within(END) {
+            tracing::error!(%error);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! vCPUs that run a few instructions of integer code: that much any KVM can, also a software one.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::{EventSink, Platform, VcpuEvent, install_kick_handler};
-use super::{NewVcpus, VcpuSet, apic_ids};
+use super::{CpuError, NewVcpus, VcpuSet, apic_ids};
 use crate::boot::{Entry, Mode};
 use crate::kvm;
 use crate::kvm::chipset::Irqchip;
@@ -25,6 +25,8 @@ const COUNTER: u64 = 0x2000;
 const PORT: u64 = 0x100;
 /// A write to this port asks for a reset.
 const RESET_PORT: u64 = 0x200;
+/// A write to this port is answered when the test allows it.
+const SLOW_PORT: u64 = 0x300;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// `loop: inc dword [COUNTER]; jmp loop`
@@ -60,6 +62,22 @@ impl BusDevice for Recorder {
 
 struct ResetPort;
 
+/// A device that answers a write when it is allowed to, and tells that it was asked.
+struct Slow {
+    asked: SyncSender<()>,
+    allowed: Mutex<Receiver<()>>,
+}
+
+impl BusDevice for Slow {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&self, _offset: u64, _data: &[u8]) -> Option<VmRequest> {
+        self.asked.send(()).unwrap();
+        self.allowed.lock().unwrap().recv().unwrap();
+        None
+    }
+}
+
 impl BusDevice for ResetPort {
     fn read(&self, _offset: u64, _data: &mut [u8]) {}
 
@@ -72,6 +90,10 @@ impl BusDevice for ResetPort {
 struct Guest {
     vcpus: VcpuSet,
     port: Arc<Recorder>,
+    /// A write to the slow port is there.
+    asked: Receiver<()>,
+    /// Answers it.
+    allow: Sender<()>,
     events: Receiver<VcpuEvent>,
     ram: Ram,
 }
@@ -95,13 +117,15 @@ fn guest(code: &[u8], count: u16) -> Option<Guest> {
     let port = Arc::new(Recorder::default());
     pio.insert(PORT, 4, Arc::clone(&port) as _).unwrap();
     pio.insert(RESET_PORT, 1, Arc::new(ResetPort)).unwrap();
+    let ((asks, asked), (allow, allowed)) = (sync_channel(16), channel());
+    pio.insert(SLOW_PORT, 1, Arc::new(Slow { asked: asks, allowed: Mutex::new(allowed) })).unwrap();
     let pci = Arc::new(Root::new(Arc::clone(&mmio), Arc::clone(&pio), Arc::new(NoIoEvents)));
     let (sender, events) = channel();
     let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
     let smis = KvmSmis::new(vm, &apic_ids(&config));
     let platform = Platform { pio, smm_mmio: Arc::clone(&mmio), mmio, pci, smis, io_apic: None };
     let vcpus = new.start(&platform, &sink, &PlainThreads).unwrap();
-    let guest = Guest { vcpus, port, events, ram };
+    let guest = Guest { vcpus, port, asked, allow, events, ram };
     guest.reset();
     Some(guest)
 }
@@ -124,6 +148,13 @@ impl Guest {
         }
     }
 
+    /// Stops the guest and waits until it has.
+    fn stop(&mut self) {
+        let _ = self.vcpus.stop();
+        assert_eq!(self.event(), VcpuEvent::Stopped);
+        self.vcpus.stop().unwrap();
+    }
+
     fn event(&self) -> VcpuEvent {
         self.events.recv_timeout(PATIENCE).expect("the guest must have come this far")
     }
@@ -131,18 +162,18 @@ impl Guest {
 
 #[test]
 fn a_vcpu_stands_still_between_stop_and_start_and_goes_on_where_it_was() {
-    let Some(guest) = guest(COUNT, 2) else { return };
+    let Some(mut guest) = guest(COUNT, 2) else { return };
     guest.vcpus.start();
     for _ in 0..50 {
         let before = guest.counter();
         guest.counts_beyond(before);
-        guest.vcpus.stop().unwrap();
+        guest.stop();
         let stopped = guest.counter();
         std::thread::sleep(Duration::from_millis(1));
         assert_eq!(guest.counter(), stopped);
         guest.vcpus.start();
     }
-    guest.vcpus.stop().unwrap();
+    guest.stop();
     assert_eq!(guest.events.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout), "nothing else happened");
 }
 
@@ -158,7 +189,7 @@ fn string_output_reaches_the_device_item_by_item() {
             &[0x66, 0xba, 0x00, 0x02, 0xee, 0xf4],
         ]
         .concat();
-    let Some(guest) = guest(&code, 1) else { return };
+    let Some(mut guest) = guest(&code, 1) else { return };
     guest.vcpus.start();
     assert_eq!(guest.event(), VcpuEvent::Request(VmRequest::Reset));
     assert_eq!(*guest.port.writes.lock().unwrap(), [code[0..2].to_vec(), code[2..4].to_vec(), code[4..6].to_vec()]);
@@ -173,11 +204,11 @@ fn a_guest_that_asks_for_a_reset_waits_for_it_and_starts_anew_with_clean_registe
         &[0xff, 0x05, 0x00, 0x20, 0x00, 0x00, 0xf4],
     ]
     .concat();
-    let Some(guest) = guest(&code, 1) else { return };
+    let Some(mut guest) = guest(&code, 1) else { return };
     for round in 1..=20 {
         guest.vcpus.start();
         assert_eq!(guest.event(), VcpuEvent::Request(VmRequest::Reset));
-        guest.vcpus.stop().unwrap();
+        guest.stop();
         assert_eq!(guest.counter(), round, "EBX is zero again, and nothing ran behind the request");
         guest.reset();
     }
@@ -186,7 +217,7 @@ fn a_guest_that_asks_for_a_reset_waits_for_it_and_starts_anew_with_clean_registe
 #[test]
 fn a_triple_fault_is_a_crash_that_says_which_vcpu_and_where() {
     // lidt [CODE + 9] (limit 0); ud2
-    let Some(guest) = guest(&[0x0f, 0x01, 0x1d, 0x09, 0x10, 0x00, 0x00, 0x0f, 0x0b, 0, 0, 0, 0, 0, 0], 1) else {
+    let Some(mut guest) = guest(&[0x0f, 0x01, 0x1d, 0x09, 0x10, 0x00, 0x00, 0x0f, 0x0b, 0, 0, 0, 0, 0, 0], 1) else {
         return;
     };
     guest.vcpus.start();
@@ -195,10 +226,47 @@ fn a_triple_fault_is_a_crash_that_says_which_vcpu_and_where() {
     assert!(cause.contains("rip 0x"), "{cause}");
 }
 
+/// `mov dx, SLOW_PORT; out dx, al; loop: inc dword [COUNTER]; jmp loop`
+fn ask_then_count() -> Vec<u8> {
+    [&[0x66, 0xba, 0x00, 0x03, 0xee][..], COUNT].concat()
+}
+
+#[test]
+fn nobody_waits_for_a_vcpu_that_waits_for_a_device_and_it_is_told_when_it_has_stopped() {
+    let Some(mut guest) = guest(&ask_then_count(), 2) else { return };
+    guest.vcpus.start();
+    guest.asked.recv_timeout(PATIENCE).unwrap();
+    let busy = guest.vcpus.stop().unwrap_err();
+    assert!((1..=2).contains(&busy.left), "{busy}");
+    // The second one may stop before it asks.
+    guest.allow.send(()).unwrap();
+    guest.allow.send(()).unwrap();
+    assert_eq!(guest.event(), VcpuEvent::Stopped);
+    guest.vcpus.stop().unwrap();
+    let stopped = guest.counter();
+    std::thread::sleep(Duration::from_millis(1));
+    assert_eq!(guest.counter(), stopped);
+}
+
+#[test]
+fn a_thread_that_does_not_end_is_named_and_never_runs_the_guest_again() {
+    let Some(mut guest) = guest(&ask_then_count(), 1) else { return };
+    guest.vcpus.start();
+    guest.asked.recv_timeout(PATIENCE).unwrap();
+    let error = guest.vcpus.end_within(Duration::from_millis(50)).unwrap_err();
+    assert!(matches!(error, CpuError::NoEnd { index: 0 }), "{error}");
+    let Guest { vcpus, allow, events, ram, .. } = guest;
+    drop(vcpus);
+    allow.send(()).unwrap();
+    // The thread lets go of its end of the events with all else that it has.
+    assert_eq!(events.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
+    assert_eq!(ram.map().read_obj::<u32>(GuestAddress(COUNTER)).unwrap(), 0);
+}
+
 #[test]
 fn vcpus_end_when_the_set_is_dropped_whatever_the_guest_does() {
     for code in [COUNT, &[0xf4]] {
-        let Some(guest) = guest(code, 4) else { return };
+        let Some(mut guest) = guest(code, 4) else { return };
         guest.vcpus.start();
         drop(guest);
     }

@@ -21,6 +21,7 @@ use rackvisor_devices::pci::Root;
 use super::hyperv::CRASH_PARAMETERS;
 use super::metrics::{Exit, VcpuMetrics};
 use super::state::{self, PowerOnState};
+use super::stop::Moving;
 use crate::boot::Entry;
 use crate::kvm::KvmError;
 use crate::kvm::smm::KvmSmis;
@@ -30,8 +31,8 @@ use crate::kvm::smm::KvmSmis;
 pub enum Command {
     /// Run the guest.
     Run,
-    /// Stop running the guest, and acknowledge.
-    Park(SyncSender<Result<(), KvmError>>),
+    /// Stop running the guest, then let go of this.
+    Park(Moving),
     /// Back to power-on; the boot vCPU gets the entry point. Only while parked.
     Reset(Option<Entry>, SyncSender<Result<(), KvmError>>),
     /// Deliver a non-maskable interrupt.
@@ -45,6 +46,8 @@ pub enum Command {
 pub enum VcpuEvent {
     /// The guest asked for something that concerns the whole VM. The vCPU is parked until it is told to go on.
     Request(VmRequest),
+    /// All vCPUs that were told to stop stand still.
+    Stopped,
     /// The guest or KVM failed. The vCPU is parked.
     Crashed(String),
     /// The guest told the parameters of its crash by Hyper-V's MSRs. It goes on: it may want to write a dump.
@@ -169,10 +172,10 @@ impl VcpuThread {
     fn obey(&mut self, command: Command, now: Next) -> Next {
         match command {
             Command::Run => Next::Run,
-            Command::Park(done) => {
+            Command::Park(moving) => {
                 // Spares the guest the soft-lockup warning for the time it stands still. Refused if it has no kvmclock.
                 let _ = self.fd.kvmclock_ctrl();
-                let _ = done.try_send(Ok(()));
+                drop(moving);
                 Next::Park
             }
             Command::Reset(entry, done) => {
