@@ -68,6 +68,9 @@ pub struct VectorView {
 pub struct MsixTable {
     vectors: Arc<[Arc<Vector>]>,
     table: Mutex<Table>,
+    /// A copy for those who look, who must not wait while the kernel changes its routes: locked only to be replaced or copied. It
+    /// knows of no pending interrupts.
+    shown: Mutex<MsixView>,
 }
 
 impl MsixTable {
@@ -75,7 +78,8 @@ impl MsixTable {
     #[must_use]
     pub fn new(vectors: Arc<[Arc<Vector>]>) -> Self {
         let entries = vec![POWER_ON; vectors.len().min(usize::from(MAX_VECTORS))];
-        Self { vectors, table: Mutex::new(Table { entries, enabled: false, function_masked: false }) }
+        let table = Table { entries, enabled: false, function_masked: false };
+        Self { vectors, shown: Mutex::new(table.view()), table: Mutex::new(table) }
     }
 
     /// Takes over the message control register of the capability after a guest's write.
@@ -87,6 +91,7 @@ impl MsixTable {
         }
         table.enabled = enabled;
         table.function_masked = masked;
+        self.show(&table);
         for index in 0..table.entries.len() {
             self.apply(&mut table, index);
         }
@@ -130,6 +135,7 @@ impl MsixTable {
                 _ => entry.masked = value & ENTRY_MASKED != 0,
             }
         }
+        self.show(&table);
         self.apply(&mut table, index);
     }
 
@@ -148,17 +154,14 @@ impl MsixTable {
         }
     }
 
-    /// The table as it is now, for whoever wants to look at it.
+    /// The table as it is now, for whoever wants to look at it. Waits for nothing.
     #[must_use]
     pub fn view(&self) -> MsixView {
-        let table = self.lock();
-        let entries = table.entries.iter().zip(self.vectors.iter());
-        let vectors = entries.map(|(entry, vector)| VectorView {
-            message: entry.message,
-            masked: entry.masked,
-            pending: vector.is_pending(),
-        });
-        MsixView { enabled: table.enabled, function_masked: table.function_masked, vectors: vectors.collect() }
+        let mut view = self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (shown, vector) in view.vectors.iter_mut().zip(self.vectors.iter()) {
+            shown.pending = vector.is_pending();
+        }
+        view
     }
 
     /// Forgets interrupts that wait for an unmasking: the device that raised them was reset.
@@ -183,6 +186,11 @@ impl MsixTable {
         for vector in self.vectors.iter() {
             vector.reset();
         }
+        self.show(&table);
+    }
+
+    fn show(&self, table: &Table) {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = table.view();
     }
 
     fn apply(&self, table: &mut Table, index: usize) {
@@ -215,6 +223,15 @@ impl MsixTable {
 }
 
 impl Table {
+    fn view(&self) -> MsixView {
+        let vectors = self.entries.iter().map(|entry| VectorView {
+            message: entry.message,
+            masked: entry.masked,
+            pending: false,
+        });
+        MsixView { enabled: self.enabled, function_masked: self.function_masked, vectors: vectors.collect() }
+    }
+
     /// Whether the vector fires when triggered.
     fn live(&self, index: usize) -> bool {
         self.enabled && !self.function_masked && self.entries.get(index).is_some_and(|entry| !entry.masked)
@@ -243,6 +260,8 @@ mod tests {
     struct Source {
         event: EventFd,
         routes: Arc<Mutex<Vec<MsiMessage>>>,
+        /// Each route takes until it may be locked.
+        slow: Arc<Mutex<()>>,
     }
 
     /// The data of a message that the kernel refuses.
@@ -254,6 +273,7 @@ mod tests {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
             self.routes.lock().unwrap().push(message);
+            drop(self.slow.lock());
             Ok(())
         }
 
@@ -273,15 +293,20 @@ mod tests {
         vectors: Arc<[Arc<Vector>]>,
         events: Vec<EventFd>,
         routes: Arc<Mutex<Vec<MsiMessage>>>,
+        slow: Arc<Mutex<()>>,
     }
 
     impl Setup {
         fn new(count: usize) -> Self {
-            let routes = Arc::new(Mutex::new(Vec::new()));
+            let (routes, slow) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(())));
             let events: Vec<EventFd> = (0..count).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
-            let source = |event: &EventFd| Source { event: event.try_clone().unwrap(), routes: Arc::clone(&routes) };
+            let source = |event: &EventFd| Source {
+                event: event.try_clone().unwrap(),
+                routes: Arc::clone(&routes),
+                slow: Arc::clone(&slow),
+            };
             let vectors: Arc<[_]> = events.iter().map(|event| Arc::new(Vector::new(Box::new(source(event))))).collect();
-            Self { table: MsixTable::new(Arc::clone(&vectors)), vectors, events, routes }
+            Self { table: MsixTable::new(Arc::clone(&vectors)), vectors, events, routes, slow }
         }
 
         fn program(&self, vector: u64, data: u32, masked: bool) {
@@ -395,7 +420,8 @@ mod tests {
     #[test]
     fn a_table_of_2048_vectors_shows_each_pending_bit_at_its_place() {
         let vectors = (0..2048).map(|_| {
-            let source = Source { event: EventFd::new(EFD_NONBLOCK).unwrap(), routes: Arc::default() };
+            let event = EventFd::new(EFD_NONBLOCK).unwrap();
+            let source = Source { event, routes: Arc::default(), slow: Arc::default() };
             Arc::new(Vector::new(Box::new(source)))
         });
         // Descriptors may be scarce where tests run, so take few and repeat them.
@@ -409,6 +435,31 @@ mod tests {
         let mut entry = [0; 8];
         table.read_table(2047 * ENTRY_SIZE + 8, &mut entry);
         assert_eq!(u64::from_le_bytes(entry), 1 << 32, "masked at power-on");
+    }
+
+    #[test]
+    fn who_looks_at_the_table_sees_what_was_written_and_does_not_wait_for_the_kernel() {
+        let setup = Setup::new(2);
+        setup.program(1, 0x41, false);
+        std::thread::scope(|scope| {
+            let slow = setup.slow.lock().unwrap();
+            let guest = scope.spawn(|| setup.table.set_control(CONTROL_ENABLE));
+            while setup.routed().is_empty() {
+                std::thread::yield_now();
+            }
+            let view = setup.table.view();
+            assert!(view.enabled && !view.function_masked);
+            assert!(view.vectors[0].masked && !view.vectors[1].masked);
+            assert_eq!(view.vectors[1].message, MsiMessage { address: 0xfee0_0000, data: 0x41 });
+            assert!(!guest.is_finished(), "the kernel has not answered yet");
+            drop(slow);
+        });
+        setup.program(1, 0x41, true);
+        setup.vectors[1].trigger();
+        assert!(setup.table.view().vectors[1].pending);
+        setup.table.reset();
+        let view = setup.table.view();
+        assert!(!view.enabled && view.vectors.iter().all(|vector| vector.masked && !vector.pending));
     }
 
     #[test]
