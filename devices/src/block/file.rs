@@ -139,7 +139,7 @@ impl BlockSource for BlockFile {
     }
 
     fn capacity(&self) -> io::Result<u64> {
-        let bytes = if self.is_device { device_size(&self.file)? } else { self.file.metadata()?.len() };
+        let bytes = if self.is_device { device_size(&self.file)? } else { known_size(&self.file)? };
         Ok(bytes - bytes % u64::from(self.geometry.logical_block_size))
     }
 
@@ -318,17 +318,26 @@ fn device_size(file: &File) -> io::Result<u64> {
     Ok(bytes)
 }
 
+/// The size of a regular file as this host knows it. A network file system is not asked: its server may not answer.
+fn known_size(file: &File) -> io::Result<u64> {
+    Ok(statx(file, libc::AT_STATX_DONT_SYNC, libc::STATX_SIZE)?.stx_size)
+}
+
 /// What O_DIRECT demands of addresses and offsets, if the kernel tells (Linux 6.1).
 fn dio_alignment(file: &File) -> Option<(u32, u32)> {
-    // SAFETY: all-zero is a valid statx.
-    let mut stat: libc::statx = unsafe { MaybeUninit::zeroed().assume_init() };
-    // SAFETY: the path is an empty C string, which with AT_EMPTY_PATH means the descriptor; one statx is written.
-    let result = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut stat)
-    };
-    let told = result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0;
+    let stat = statx(file, 0, libc::STATX_DIOALIGN).ok()?;
+    let told = stat.stx_mask & libc::STATX_DIOALIGN != 0;
     let (memory, offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
     (told && memory.is_power_of_two() && offset.is_power_of_two()).then_some((memory, offset))
+}
+
+fn statx(file: &File, flags: libc::c_int, what: libc::c_uint) -> io::Result<libc::statx> {
+    // SAFETY: all-zero is a valid statx.
+    let mut stat: libc::statx = unsafe { MaybeUninit::zeroed().assume_init() };
+    let flags = libc::AT_EMPTY_PATH | flags;
+    // SAFETY: the path is an empty C string, which with AT_EMPTY_PATH means the descriptor; one statx is written.
+    check(unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, what, &raw mut stat) })?;
+    Ok(stat)
 }
 
 /// Whether a direct read of `offset` bytes from `offset` works.
