@@ -60,6 +60,7 @@ pub(super) struct Wire(OwnedFd);
 
 impl Wire {
     pub(super) fn new(name: &str, header: bool) -> Self {
+        wait(|| has_queue(name), "the kernel's queue of the interface");
         let fd = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(ETH_P_ALL.to_be()));
         let name = std::ffi::CString::new(name).unwrap();
         // SAFETY: plain structs and their sizes; zero is a valid sockaddr_ll.
@@ -277,6 +278,14 @@ fn a_tap_that_goes_down_is_told_of_once_and_works_again_when_it_is_up() {
 }
 
 /// Runs `ip`; says whether it did what it was told.
+/// Whether what is sent to the interface gets into its queue. The kernel makes that some time after the carrier is there; what is
+/// sent until then is dropped, which it tells nobody.
+fn has_queue(name: &str) -> bool {
+    let said = std::process::Command::new("ip").args(["-o", "link", "show", name]).output().unwrap().stdout;
+    let said = String::from_utf8(said).unwrap();
+    !(said.contains("LOWER_UP") && said.contains("qdisc noop "))
+}
+
 pub(super) fn ip(arguments: &str) -> bool {
     let status = std::process::Command::new("ip").args(arguments.split_whitespace()).status();
     status.is_ok_and(|status| status.success())
