@@ -447,7 +447,10 @@ mod tests {
             while setup.routed().is_empty() {
                 std::thread::yield_now();
             }
-            let view = setup.table.view();
+            let (told, seen) = std::sync::mpsc::channel();
+            let table = &setup.table;
+            scope.spawn(move || told.send(table.view()));
+            let view = seen.recv_timeout(std::time::Duration::from_secs(20)).expect("who looks waits");
             assert!(view.enabled && !view.function_masked);
             assert!(view.vectors[0].masked && !view.vectors[1].masked);
             assert_eq!(view.vectors[1].message, MsiMessage { address: 0xfee0_0000, data: 0x41 });
