@@ -22,6 +22,7 @@ mod pace;
 pub mod pages;
 pub mod pci;
 mod scheduling;
+mod shown;
 pub mod smbios;
 mod socket;
 mod syscall;

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::interrupt::{MsiMessage, Vector};
+use crate::shown::Shown;
 use crate::throttle::Throttle;
 
 /// Capability ID.
@@ -68,9 +69,8 @@ pub struct VectorView {
 pub struct MsixTable {
     vectors: Arc<[Arc<Vector>]>,
     table: Mutex<Table>,
-    /// A copy for those who look, who must not wait while the kernel changes its routes: locked only to be replaced or copied. It
-    /// knows of no pending interrupts.
-    shown: Mutex<MsixView>,
+    /// For those who must not wait while the kernel changes its routes. It knows of no pending interrupts.
+    shown: Shown<MsixView>,
 }
 
 impl MsixTable {
@@ -79,7 +79,7 @@ impl MsixTable {
     pub fn new(vectors: Arc<[Arc<Vector>]>) -> Self {
         let entries = vec![POWER_ON; vectors.len().min(usize::from(MAX_VECTORS))];
         let table = Table { entries, enabled: false, function_masked: false };
-        Self { vectors, shown: Mutex::new(table.view()), table: Mutex::new(table) }
+        Self { vectors, shown: Shown::new(table.view()), table: Mutex::new(table) }
     }
 
     /// Takes over the message control register of the capability after a guest's write.
@@ -91,7 +91,7 @@ impl MsixTable {
         }
         table.enabled = enabled;
         table.function_masked = masked;
-        self.show(&table);
+        self.shown.show(table.view());
         for index in 0..table.entries.len() {
             self.apply(&mut table, index);
         }
@@ -135,7 +135,7 @@ impl MsixTable {
                 _ => entry.masked = value & ENTRY_MASKED != 0,
             }
         }
-        self.show(&table);
+        self.shown.show(table.view());
         self.apply(&mut table, index);
     }
 
@@ -157,7 +157,7 @@ impl MsixTable {
     /// The table as it is now, for whoever wants to look at it. Waits for nothing.
     #[must_use]
     pub fn view(&self) -> MsixView {
-        let mut view = self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut view = self.shown.state();
         for (shown, vector) in view.vectors.iter_mut().zip(self.vectors.iter()) {
             shown.pending = vector.is_pending();
         }
@@ -186,11 +186,7 @@ impl MsixTable {
         for vector in self.vectors.iter() {
             vector.reset();
         }
-        self.show(&table);
-    }
-
-    fn show(&self, table: &Table) {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = table.view();
+        self.shown.show(table.view());
     }
 
     fn apply(&self, table: &mut Table, index: usize) {

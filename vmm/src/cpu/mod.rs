@@ -299,7 +299,19 @@ impl VcpuSet {
     /// # Errors
     /// [`CpuError`]; the guest must not be started then.
     pub fn reset(&self, entry: Option<&Entry>) -> Result<(), CpuError> {
-        self.all(|index, done| Command::Reset(entry.filter(|_| index == 0).copied(), done))
+        let answers = self.vcpus.iter().map(|vcpu| {
+            let (done, answer) = mpsc::sync_channel(1);
+            vcpu.command(Command::Reset(entry.filter(|_| vcpu.index == 0).copied(), done));
+            (vcpu.index, answer)
+        });
+        for (index, answer) in answers.collect::<Vec<_>>() {
+            match answer.recv_timeout(ANSWER) {
+                Ok(answer) => answer?,
+                Err(RecvTimeoutError::Timeout) => return Err(CpuError::NoAnswer { index }),
+                Err(RecvTimeoutError::Disconnected) => return Err(CpuError::Gone { index }),
+            }
+        }
+        Ok(())
     }
 
     /// Sends a non-maskable interrupt to every vCPU, as the button on a server does.
@@ -323,24 +335,6 @@ impl VcpuSet {
     #[must_use]
     pub fn metrics(&self) -> Vec<Arc<VcpuMetrics>> {
         self.vcpus.iter().map(|vcpu| Arc::clone(&vcpu.metrics)).collect()
-    }
-
-    fn all(&self, command: impl Fn(u16, mpsc::SyncSender<Result<(), KvmError>>) -> Command) -> Result<(), CpuError> {
-        let answers = self.vcpus.iter().map(|vcpu| {
-            let (done, answer) = mpsc::sync_channel(1);
-            vcpu.command(command(vcpu.index, done));
-            (vcpu.index, answer)
-        });
-        let mut gone = Ok(());
-        for (index, answer) in answers.collect::<Vec<_>>() {
-            match answer.recv_timeout(ANSWER) {
-                Ok(answer) => answer?,
-                Err(RecvTimeoutError::Timeout) => return Err(CpuError::NoAnswer { index }),
-                // The others are still to be heard.
-                Err(RecvTimeoutError::Disconnected) => gone = Err(CpuError::Gone { index }),
-            }
-        }
-        gone
     }
 }
 

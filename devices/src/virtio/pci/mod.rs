@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use self::layout::{BAR, BAR_KIND, BAR_LENGTH, Layout, MAX_QUEUES, NOTIFY_MULTIPLIER, Region, WindowRegisters};
 use self::signals::Signals;
 use self::transport::{Transport, Wiring};
-use self::view::{Place, Shown};
+use self::view::Place;
 pub use self::view::{QueueView, TransportState, TransportView};
 use super::{StartError, StillBusy, TransportSignals, VirtioDevice};
 use crate::bus::{BusDevice, VmRequest};
@@ -29,6 +29,7 @@ use crate::metrics::{Counter, MetricSource, Sample, Value};
 use crate::pci::config::ConfigSpace;
 use crate::pci::msix::MsixTable;
 use crate::pci::{BarMapping, ConfigEffect, PciFunction};
+use crate::shown::Shown;
 use crate::{DeviceNotifier, GuestMemory};
 
 /// Close-on-exec, besides non-blocking: no child process may hold a kick.
@@ -362,7 +363,7 @@ struct TransportMetrics {
     device: Arc<dyn MetricSource>,
     trapped_kicks: Counter,
     resets: Counter,
-    shown: Shown,
+    shown: Shown<TransportState>,
 }
 
 impl MetricSource for TransportMetrics {

@@ -1,7 +1,7 @@
 //! What is shown of a transport to those who must neither wait for it nor hold guest memory.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use super::TransportMetrics;
 use super::layout::BAR;
@@ -32,20 +32,6 @@ pub struct QueueView {
     pub enabled: bool,
     /// Where it stands.
     pub positions: Arc<Positions>,
-}
-
-/// The place where a transport leaves its state: a copy, locked only to be replaced or copied.
-#[derive(Debug, Default)]
-pub(super) struct Shown(Mutex<TransportState>);
-
-impl Shown {
-    pub(super) fn show(&self, state: TransportState) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
-    }
-
-    fn state(&self) -> TransportState {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
 /// No BAR has this address: it is no multiple of the BAR's size.
