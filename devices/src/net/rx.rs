@@ -1,6 +1,7 @@
 //! Reception: from the tap straight into the driver's buffers, one `readv` per frame and no copy.
 //!
-//! Chains are taken ahead and laid out as segments until the largest frame fits, and stay laid out until frames fill them.
+//! Chains are taken ahead and laid out as segments until the largest frame fits, and stay laid out until frames fill them. Where
+//! frames were small of late, the kernel is given room for a small one only: it looks at all the room for each.
 //! A frame that is larger than what the driver has given so far spills into a buffer of ours and is completed when more
 //! buffers come, so that neither small rings nor scarce buffers stall reception or lose frames.
 
@@ -15,9 +16,9 @@ use super::filter::LOOKED_AT;
 use super::lane::Lane;
 use super::steering::flow;
 use super::sys::{MAX_SEGMENTS, Segments};
-use super::tap::HASH_HEADER_SIZE;
+use super::tap::{HASH_HEADER_SIZE, HEADER_SIZE};
 use super::worker::Context;
-use super::{MAX_FRAME, features};
+use super::{ETHERNET, MAX_FRAME, features};
 use crate::limiter::THROTTLE_SLICE;
 use crate::metrics::Counter;
 use crate::virtio::StoppedQueue;
@@ -28,6 +29,10 @@ const TURN_FRAMES: u32 = 64;
 const TURN_BYTES: usize = 256 << 10;
 /// Chains that are looked at per turn.
 const TURN_CHAINS: u32 = 1024;
+/// What is not larger, with its header, is small: a frame of the usual MTU, 1500.
+const SMALL: usize = HEADER_SIZE + ETHERNET + 1500;
+/// So many small frames in a row, and the next is likely to be one.
+const RUN: u32 = 16;
 /// Segments of guest RAM per `readv`; one more is for the spill.
 const SEGMENTS: usize = MAX_SEGMENTS - 1;
 /// Offset of `num_buffers` in the header (virtio 1.2 §5.1.6); the fields of hashes follow it.
@@ -61,6 +66,8 @@ pub(super) struct Rx {
     capacity: usize,
     spill: Box<[u8]>,
     spilled: Option<Spilled>,
+    /// Small frames since the last large one.
+    small: u32,
     /// There may be frames in the tap.
     pub(super) readable: bool,
     /// Frames have to wait for the driver's limit until then.
@@ -90,6 +97,7 @@ impl Rx {
             capacity: 0,
             spill: vec![0; HASH_HEADER_SIZE + MAX_FRAME].into_boxed_slice(),
             spilled: None,
+            small: 0,
             readable: true,
             throttled: None,
             starved: false,
@@ -159,7 +167,8 @@ impl Rx {
     /// Takes chains until the next frame fits, whatever its size, or there are no more.
     fn make_room(&mut self, context: &Context<'_>, chains: &mut u32) -> Result<Room, RingError> {
         let needed = self.spilled.map(|spilled| spilled.total);
-        let wanted = needed.unwrap_or(context.largest_frame);
+        let likely = if self.expects_small() { SMALL.min(context.largest_frame) } else { context.largest_frame };
+        let wanted = needed.unwrap_or(likely);
         let enough = |this: &Self| {
             this.segments.len() >= SEGMENTS || if this.merge { this.capacity >= wanted } else { !this.held.is_empty() }
         };
@@ -223,14 +232,34 @@ impl Rx {
         Some(total)
     }
 
+    fn expects_small(&self) -> bool {
+        self.small >= RUN
+    }
+
+    /// How many segments are for the next frame, and their bytes. Where no frame may span chains, one chain at a time is held.
+    fn room(&self) -> (usize, usize) {
+        if !self.expects_small() {
+            return match self.segments.len() {
+                all @ ..=SEGMENTS => (all, self.capacity),
+                _ => (SEGMENTS, self.places.iter().take(SEGMENTS).map(|(_, length)| length).sum()),
+            };
+        }
+        let (mut segments, mut bytes) = (0, 0usize);
+        for held in &self.held {
+            if segments > 0 && (bytes >= SMALL || segments + held.segments > SEGMENTS) {
+                break;
+            }
+            segments += held.segments;
+            bytes = bytes.saturating_add(held.bytes);
+        }
+        (segments, bytes)
+    }
+
     /// Reads a frame into the held chains. `None` if there is none now.
     fn read(&mut self, context: &Context<'_>) -> Option<usize> {
-        let (count, placed) = match self.held.front() {
-            Some(first) if !self.merge => (first.segments, first.bytes),
-            _ if self.segments.len() <= SEGMENTS => (self.segments.len(), self.capacity),
-            _ => (SEGMENTS, self.places.iter().take(SEGMENTS).map(|(_, length)| length).sum()),
-        };
+        let (count, placed) = self.room();
         let total = self.read_into(context, count)?;
+        self.small = if total > SMALL { 0 } else { self.small.saturating_add(1) };
         if total < context.header {
             // No tap does this.
             context.counters.rx_drops.tap_error.increment();

@@ -144,10 +144,10 @@ impl Card {
 
     /// Sends `frame` from the host.
     fn arrive(&self, frame: &[u8]) {
-        self.arrive_with(&[0; HEADER_SIZE], frame);
+        self.arrive_with(&vec![0; self.header()], frame);
     }
 
-    fn arrive_with(&self, header: &[u8; HEADER_SIZE], frame: &[u8]) {
+    fn arrive_with(&self, header: &[u8], frame: &[u8]) {
         self.host[0].send(&[header, frame].concat()).unwrap();
     }
 
@@ -157,6 +157,16 @@ impl Card {
         let head = self.driver.ring(RX).add(&[Buffer::writable(address, length)]);
         self.driver.ring(RX).kick();
         (head, address)
+    }
+
+    /// Has so many small frames arrive that more are expected.
+    fn have_small_frames(&mut self) {
+        for seed in 0..32 {
+            let (head, _) = self.give(BUFFER);
+            self.arrive(&frame(60, seed));
+            assert_eq!(self.used(RX).head, head);
+            assert!(self.driver.ring(RX).wait_interrupt(SOON));
+        }
     }
 
     fn used(&mut self, ring: usize) -> Used {
@@ -191,6 +201,14 @@ impl Card {
         wait(|| self.count(name, reason) >= wanted, name);
         assert_eq!(self.count(name, reason), wanted, "{name} {reason}");
     }
+}
+
+/// A card as it starts, and one that expects small frames.
+fn cards(ring_size: u16, features: u64) -> [Card; 2] {
+    let fresh = Card::running(1, ring_size, features);
+    let mut other = Card::running(1, ring_size, features);
+    other.have_small_frames();
+    [fresh, other]
 }
 
 fn wait(mut done: impl FnMut() -> bool, what: &str) {

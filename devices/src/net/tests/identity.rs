@@ -43,47 +43,48 @@ fn delivered(card: &mut Card, frames: &[Vec<u8>]) -> Vec<usize> {
 
 #[test]
 fn the_driver_receives_what_it_asked_for_and_nothing_else() {
-    let mut card = Card::running(1, 64, FEATURES);
-    let tagged = |vlan: u8| [&MAC[..], &OTHER, &[0x81, 0, 0, vlan], &[0; 60]].concat();
-    let group = [1, 0, 0x5e, 0, 0, 7];
-    let frames = [
-        ethernet(MAC, OTHER, b"own"),
-        ethernet(OTHER, MAC, b"for another"),
-        ethernet(group, OTHER, b"group"),
-        tagged(7),
-        tagged(8),
-    ];
-    assert_eq!(delivered(&mut card, &frames), [0, 1, 2, 3, 4], "a card begins promiscuous");
-    assert_eq!(command(&mut card, &[0, 0, 0]), 0);
-    assert_eq!(delivered(&mut card, &frames), [0]);
-    assert_eq!(command(&mut card, &[2, 0, 8, 0]), 0);
-    let tables = [&[1, 0, 0, 0, 0, 0, 1, 0, 0, 0][..], &group].concat();
-    assert_eq!(command(&mut card, &tables), 0);
-    assert_eq!(delivered(&mut card, &frames), [0, 2, 4]);
-    assert_eq!(command(&mut card, &[2, 1, 8, 0]), 0);
-    assert_eq!(command(&mut card, &[&[1, 1][..], &OTHER].concat()), 0);
-    assert_eq!(delivered(&mut card, &frames), [1, 2]);
-    let mut mac = [0; 6];
-    card.device.read_config(0, &mut mac);
-    assert_eq!(mac, OTHER);
-    assert_eq!(card.count("net_rx_drops", "filtered"), 4 + 2 + 3);
+    for mut card in cards(64, FEATURES) {
+        let tagged = |vlan: u8| [&MAC[..], &OTHER, &[0x81, 0, 0, vlan], &[0; 60]].concat();
+        let group = [1, 0, 0x5e, 0, 0, 7];
+        let frames = [
+            ethernet(MAC, OTHER, b"own"),
+            ethernet(OTHER, MAC, b"for another"),
+            ethernet(group, OTHER, b"group"),
+            tagged(7),
+            tagged(8),
+        ];
+        assert_eq!(delivered(&mut card, &frames), [0, 1, 2, 3, 4], "a card begins promiscuous");
+        assert_eq!(command(&mut card, &[0, 0, 0]), 0);
+        assert_eq!(delivered(&mut card, &frames), [0]);
+        assert_eq!(command(&mut card, &[2, 0, 8, 0]), 0);
+        let tables = [&[1, 0, 0, 0, 0, 0, 1, 0, 0, 0][..], &group].concat();
+        assert_eq!(command(&mut card, &tables), 0);
+        assert_eq!(delivered(&mut card, &frames), [0, 2, 4]);
+        assert_eq!(command(&mut card, &[2, 1, 8, 0]), 0);
+        assert_eq!(command(&mut card, &[&[1, 1][..], &OTHER].concat()), 0);
+        assert_eq!(delivered(&mut card, &frames), [1, 2]);
+        let mut mac = [0; 6];
+        card.device.read_config(0, &mut mac);
+        assert_eq!(mac, OTHER);
+        assert_eq!(card.count("net_rx_drops", "filtered"), 4 + 2 + 3);
 
-    let refused = [&[0, 2, 1][..], &[0, 9, 1], &[2, 0, 0, 0x10], &[1, 0, 9, 0, 0, 0], &[9, 9]];
-    for data in refused {
-        assert_eq!(command(&mut card, data), 1, "{data:?}");
+        let refused = [&[0, 2, 1][..], &[0, 9, 1], &[2, 0, 0, 0x10], &[1, 0, 9, 0, 0, 0], &[9, 9]];
+        for data in refused {
+            assert_eq!(command(&mut card, data), 1, "{data:?}");
+        }
+        assert_eq!(delivered(&mut card, &frames), [1, 2], "what was refused changed nothing");
+
+        // A pause keeps the filter, a reset forgets it.
+        let stopped = card.stop();
+        card.resume(&stopped);
+        assert_eq!(delivered(&mut card, &frames), [1, 2]);
+        card.stop();
+        card.device.reset();
+        card.device.read_config(0, &mut mac);
+        assert_eq!(mac, MAC);
+        card.start();
+        assert_eq!(delivered(&mut card, &frames), [0, 1, 2, 3, 4]);
     }
-    assert_eq!(delivered(&mut card, &frames), [1, 2], "what was refused changed nothing");
-
-    // A pause keeps the filter, a reset forgets it.
-    let stopped = card.stop();
-    card.resume(&stopped);
-    assert_eq!(delivered(&mut card, &frames), [1, 2]);
-    card.stop();
-    card.device.reset();
-    card.device.read_config(0, &mut mac);
-    assert_eq!(mac, MAC);
-    card.start();
-    assert_eq!(delivered(&mut card, &frames), [0, 1, 2, 3, 4]);
 }
 
 #[test]

@@ -130,37 +130,42 @@ fn frames_are_steered_to_queues_that_the_driver_has_enabled_only() {
 
 #[test]
 fn the_header_holds_the_hash_and_its_type_once_the_driver_has_configured_them() {
-    let Some(mut card) = card(2, RSS | bit(features::MRG_RXBUF)) else { return };
-    let received = |card: &mut Card, frame: &[u8]| {
-        let (head, address) = card.give(BUFFER);
-        // The tap leaves what it does not know as it was.
-        card.host[0].send(&[&[0; 10][..], &[0xee; 10], frame].concat()).unwrap();
-        let length = HASH_HEADER_SIZE + frame.len();
-        assert_eq!(card.used(RX), Used { head, length: length as u32 });
-        let data = card.driver.read(address, length);
-        assert_eq!(data[HASH_HEADER_SIZE..], *frame);
-        assert_eq!((num_buffers(&data), &data[18..20]), (1, &[0, 0][..]));
-        (u32::from_le_bytes(data[12..16].try_into().unwrap()), u16::from_le_bytes([data[16], data[17]]))
-    };
-    let data = datagram(77);
-    let all = Hasher::new(ALL_TYPES, &key());
-    let (value, kind) = all.report(&data);
-    assert_eq!(kind, 3);
-    assert_eq!(received(&mut card, &data), (0, 0), "there is no hash before there is a key");
-    assert_eq!(command(&mut card, 4, &rss(ALL_TYPES, 0, &[0], 2)), 0);
-    assert_eq!(received(&mut card, &data), (value, 3));
-    assert_eq!(received(&mut card, &frame(60, 1)), (0, 0), "it is no packet of IP");
-    assert_eq!(command(&mut card, 4, &[4, 0, 2, 0]), 0);
-    assert_eq!(received(&mut card, &data), (value, 3), "the hash is told, whoever steers");
-    assert_eq!(command(&mut card, 4, &hash(1)), 0);
-    assert_eq!(received(&mut card, &data), Hasher::new(1, &key()).report(&data));
-    let stopped = card.stop();
-    card.resume(&stopped);
-    assert_eq!(received(&mut card, &data), Hasher::new(1, &key()).report(&data), "also after a pause");
-    card.stop();
-    card.device.reset();
-    card.start();
-    assert_eq!(received(&mut card, &data), (0, 0), "the next driver has said nothing");
+    for small in [false, true] {
+        let Some(mut card) = card(2, RSS | bit(features::MRG_RXBUF)) else { return };
+        if small {
+            card.have_small_frames();
+        }
+        let received = |card: &mut Card, frame: &[u8]| {
+            let (head, address) = card.give(BUFFER);
+            // The tap leaves what it does not know as it was.
+            card.arrive_with(&[[0; 10], [0xee; 10]].concat(), frame);
+            let length = HASH_HEADER_SIZE + frame.len();
+            assert_eq!(card.used(RX), Used { head, length: length as u32 });
+            let data = card.driver.read(address, length);
+            assert_eq!(data[HASH_HEADER_SIZE..], *frame);
+            assert_eq!((num_buffers(&data), &data[18..20]), (1, &[0, 0][..]));
+            (u32::from_le_bytes(data[12..16].try_into().unwrap()), u16::from_le_bytes([data[16], data[17]]))
+        };
+        let data = datagram(77);
+        let all = Hasher::new(ALL_TYPES, &key());
+        let (value, kind) = all.report(&data);
+        assert_eq!(kind, 3);
+        assert_eq!(received(&mut card, &data), (0, 0), "there is no hash before there is a key");
+        assert_eq!(command(&mut card, 4, &rss(ALL_TYPES, 0, &[0], 2)), 0);
+        assert_eq!(received(&mut card, &data), (value, 3));
+        assert_eq!(received(&mut card, &frame(60, 1)), (0, 0), "it is no packet of IP");
+        assert_eq!(command(&mut card, 4, &[4, 0, 2, 0]), 0);
+        assert_eq!(received(&mut card, &data), (value, 3), "the hash is told, whoever steers");
+        assert_eq!(command(&mut card, 4, &hash(1)), 0);
+        assert_eq!(received(&mut card, &data), Hasher::new(1, &key()).report(&data));
+        let stopped = card.stop();
+        card.resume(&stopped);
+        assert_eq!(received(&mut card, &data), Hasher::new(1, &key()).report(&data), "also after a pause");
+        card.stop();
+        card.device.reset();
+        card.start();
+        assert_eq!(received(&mut card, &data), (0, 0), "the next driver has said nothing");
+    }
 }
 
 #[test]
