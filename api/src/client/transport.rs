@@ -91,7 +91,8 @@ pub(super) fn transport(error: impl std::fmt::Display) -> ClientError {
     ClientError::Transport(error.to_string())
 }
 
-/// A stream that passes descriptors with the first bytes that are written.
+/// A stream that passes descriptors with the first bytes that are written. What a server that has closed the connection no longer
+/// reads is written in vain, which is no failure: its answer, which says why, is still there to be read.
 struct Passing {
     stream: UnixStream,
     fds: Vec<OwnedFd>,
@@ -112,11 +113,11 @@ impl AsyncWrite for Passing {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 sent => {
                     this.fds.clear();
-                    return Poll::Ready(sent);
+                    return Poll::Ready(written(sent, bytes));
                 }
             }
         }
-        Pin::new(&mut this.stream).poll_write(cx, bytes)
+        Pin::new(&mut this.stream).poll_write(cx, bytes).map(|sent| written(sent, bytes))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -125,6 +126,13 @@ impl AsyncWrite for Passing {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+fn written(sent: io::Result<usize>, bytes: &[u8]) -> io::Result<usize> {
+    match sent {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(bytes.len()),
+        sent => sent,
     }
 }
 
@@ -181,4 +189,36 @@ pub(super) async fn read(response: Response<Incoming>) -> Result<Answer, ClientE
         }
     })?;
     Ok(Answer { status, content_type, allow, body: body.to_bytes().to_vec() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::io::Write;
+
+    use super::*;
+
+    /// What is written and read by a client whose server has said why it closes, and closed.
+    fn written_and_heard(fds: Vec<OwnedFd>) -> Result<(usize, Vec<u8>), ClientError> {
+        run(&runtime()?, Duration::from_secs(20), async {
+            let (client, mut server) = std::os::unix::net::UnixStream::pair().map_err(transport)?;
+            client.set_nonblocking(true).map_err(transport)?;
+            let mut passing = Passing { stream: UnixStream::from_std(client).map_err(transport)?, fds };
+            server.write_all(b"HTTP/1.1 403").map_err(transport)?;
+            drop(server);
+            let written = poll_fn(|cx| Pin::new(&mut passing).poll_write(cx, b"GET /")).await.map_err(transport)?;
+            let mut heard = [0; 100];
+            let mut buffer = ReadBuf::new(&mut heard);
+            poll_fn(|cx| Pin::new(&mut passing).poll_read(cx, &mut buffer)).await.map_err(transport)?;
+            Ok((written, buffer.filled().to_vec()))
+        })
+    }
+
+    #[test]
+    fn the_answer_of_a_server_that_closed_without_reading_the_request_is_heard() {
+        let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        for fds in [vec![], vec![file]] {
+            assert_eq!(written_and_heard(fds).unwrap(), (5, b"HTTP/1.1 403".to_vec()));
+        }
+    }
 }
