@@ -167,8 +167,7 @@ impl Rx {
     /// Takes chains until the next frame fits, whatever its size, or there are no more.
     fn make_room(&mut self, context: &Context<'_>, chains: &mut u32) -> Result<Room, RingError> {
         let needed = self.spilled.map(|spilled| spilled.total);
-        let likely = if self.expects_small() { SMALL.min(context.largest_frame) } else { context.largest_frame };
-        let wanted = needed.unwrap_or(likely);
+        let wanted = needed.unwrap_or(self.likely(context));
         let enough = |this: &Self| {
             this.segments.len() >= SEGMENTS || if this.merge { this.capacity >= wanted } else { !this.held.is_empty() }
         };
@@ -232,21 +231,17 @@ impl Rx {
         Some(total)
     }
 
-    fn expects_small(&self) -> bool {
-        self.small >= RUN
+    /// The most bytes that the next frame is likely to have, with its header.
+    fn likely(&self, context: &Context<'_>) -> usize {
+        if self.small >= RUN { SMALL.min(context.largest_frame) } else { context.largest_frame }
     }
 
-    /// How many segments are for the next frame, and their bytes. Where no frame may span chains, one chain at a time is held.
-    fn room(&self) -> (usize, usize) {
-        if !self.expects_small() {
-            return match self.segments.len() {
-                all @ ..=SEGMENTS => (all, self.capacity),
-                _ => (SEGMENTS, self.places.iter().take(SEGMENTS).map(|(_, length)| length).sum()),
-            };
-        }
+    /// How many segments are for a frame of so many bytes at most, and their bytes: whole chains, the first one in any case.
+    /// Where no frame may span chains, one at a time is held.
+    fn room(&self, likely: usize) -> (usize, usize) {
         let (mut segments, mut bytes) = (0, 0usize);
         for held in &self.held {
-            if segments > 0 && (bytes >= SMALL || segments + held.segments > SEGMENTS) {
+            if segments > 0 && (bytes >= likely || segments + held.segments > SEGMENTS) {
                 break;
             }
             segments += held.segments;
@@ -257,7 +252,7 @@ impl Rx {
 
     /// Reads a frame into the held chains. `None` if there is none now.
     fn read(&mut self, context: &Context<'_>) -> Option<usize> {
-        let (count, placed) = self.room();
+        let (count, placed) = self.room(self.likely(context));
         let total = self.read_into(context, count)?;
         self.small = if total > SMALL { 0 } else { self.small.saturating_add(1) };
         if total < context.header {
